@@ -1,0 +1,1 @@
+"""Benchmarks of mvpfx: one file a question; figures go to results/."""

@@ -1,0 +1,1 @@
+"""Tests of mvpfx: one file a pass, one a noun."""
