@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mvpfx.facts import fact, find_fact
 from mvpfx.program import Program, graph_text
 
-Fact = Callable[[Program], str | None]
-"""Returns None where the fact holds, else the reason it does not."""
+__all__ = ["Decision", "Pass", "Record", "check_order", "fact", "record_text", "run"]
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,6 @@ class Record:
     modified: bool
 
 
-FACTS: dict[str, Fact] = {}
-"""Fact name -> predicate; filled by `fact`."""
-
-
-def fact(name: str) -> Callable[[Fact], Fact]:
-    """Register the decorated predicate as the meaning of fact `name`."""
-
-    def register(predicate: Fact) -> Fact:
-        FACTS[name] = predicate
-        return predicate
-
-    return register
-
-
 def run(
     passes: Sequence[Pass],
     program: Program,
@@ -110,7 +96,7 @@ def check_order(passes: Sequence[Pass], program: Program) -> None:
         for needed in step.requires:
             if needed in ensured:
                 continue
-            reason = _predicate(needed)(program)
+            reason = find_fact(needed)(program)
             if reason is not None:
                 before = ", ".join(p.name for p in passes[:index]) or "nothing"
                 raise ValueError(
@@ -130,12 +116,6 @@ def record_text(record: Record) -> str:
     return "\n".join(lines)
 
 
-def _predicate(name: str) -> Fact:
-    if name not in FACTS:
-        raise ValueError(f"unknown fact {name!r}; known facts: {', '.join(sorted(FACTS))}")
-    return FACTS[name]
-
-
 def _run_one(step: Pass, program: Program, ran: list[str]) -> tuple[Program, Record]:
     where = f"pass {step.name} (after {', '.join(ran) or 'no other pass'})"
     before, old = _texts(program), program
@@ -149,7 +129,7 @@ def _run_one(step: Pass, program: Program, ran: list[str]) -> tuple[Program, Rec
         except RuntimeError as error:
             raise RuntimeError(f"{where} left a broken graph in {region!r}: {error}") from error
     for name in step.ensures:
-        reason = _predicate(name)(program)
+        reason = find_fact(name)(program)
         if reason is not None:
             raise RuntimeError(f"{where} declares that it ensures {name!r}, but {reason}")
     after = _texts(program)

@@ -40,6 +40,10 @@ class Program:
     model: nn.Module
     graphs: dict[str, fx.Graph] = field(default_factory=dict[str, fx.Graph])
     """Region name -> its graph."""
+    regions: list[str] | None = None
+    """Names of the regions that capture looked at, with and without a graph; None before it."""
+    regions: list[str] | None = None
+    """Names of the modules looked at as regions; None until capture ran."""
     parameters: dict[str, Tensor | None] = field(default_factory=dict[str, "Tensor | None"])
     """Full parameter name -> its new value; two names of one tensor stay tied."""
     modules: dict[str, nn.Module | None] = field(default_factory=dict[str, "nn.Module | None"])
@@ -132,6 +136,9 @@ class Program:
             owner, leaf = model.get_submodule(parent_name(name)), name.rpartition(".")[2]
             if value is None:
                 owner._parameters[leaf] = None
+                continue
+            if leaf in owner._buffers:
+                owner._buffers[leaf] = value.detach().clone()
                 continue
             if id(value) not in made:
                 old = owner._parameters.get(leaf)

@@ -1,0 +1,131 @@
+"""What a storage costs: bytes, measured milliseconds, and the density below which it is faster."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+INDEX_BYTES = 4
+
+BREAK_EVEN: dict[str, dict[str, dict[int, float]]] = {
+    "cpu": {
+        "csr": {1: 0.05, 128: 0.1, 1024: 0.05},
+        "bsr": {1: 0.05, 128: 0.1, 1024: 0.05},
+    },
+}
+"""Device type -> storage -> tokens -> density below which the storage took less than `MARGIN` of
+the dense time, transposes at both edges included. Measured by `benchmarks/break_even.py`, float32,
+one thread; `benchmarks/results/break_even.json` holds the measurements behind it."""
+
+MARGIN = 0.9
+"""A storage is clearly faster where it takes less than this fraction of the dense time."""
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """Median and quartiles of repeated timings, in milliseconds."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+
+
+def storage_bytes(
+    storage: str, shape: tuple[int, ...], nonzero: int, itemsize: int, block: int = 1
+) -> int:
+    """Bytes of a weight in a storage.
+
+    Args:
+        storage: dense, reduced, csr or bsr.
+        shape: of the weight as stored (after shrinking).
+        nonzero: stored values; for BSR the values of all stored blocks.
+        itemsize: bytes a value.
+        block: BSR's block size.
+
+    Raises:
+        ValueError: the storage is unknown.
+
+    >>> storage_bytes("dense", (384, 1536), 58982, 4), storage_bytes("csr", (384, 1536), 58982, 4)
+    (2359296, 473396)
+    """
+    if storage in ("dense", "reduced"):
+        return math.prod(shape) * itemsize
+    if storage == "csr":
+        return nonzero * (itemsize + INDEX_BYTES) + (shape[0] + 1) * INDEX_BYTES
+    if storage == "bsr":
+        indices = nonzero // block**2 + shape[0] // block + 1
+        return nonzero * itemsize + indices * INDEX_BYTES
+    raise ValueError(f"unknown storage {storage!r}; known: dense, reduced, csr, bsr")
+
+
+def break_even(storage: str, tokens: int, device: str, dtype: torch.dtype) -> float:
+    """Density below which `storage` is faster than dense; 0.0 where nothing was measured.
+
+    Between measured token counts the lower density counts, outside them the nearest.
+    """
+    table = BREAK_EVEN.get(device, {}).get(storage) if dtype is torch.float32 else None
+    if not table:
+        return 0.0
+    below = max((t for t in table if t <= tokens), default=min(table))
+    above = min((t for t in table if t >= tokens), default=max(table))
+    return min(table[below], table[above])
+
+
+def compare(
+    functions: Mapping[str, Callable[[], object]],
+    device: torch.device | str = "cpu",
+    rounds: int = 11,
+    warmup: int = 2,
+) -> dict[str, Quartiles]:
+    """Time functions in turn, round by round, so that a busy machine slows all of them alike.
+
+    Args:
+        functions: name -> call; results are dropped.
+        device: where they run; on CUDA each call is timed with events.
+        rounds: timed calls of each.
+        warmup: calls of each before.
+
+    Returns:
+        Median and quartiles by name. Compare their ratios, not the times.
+    """
+    clock = _cuda_ms if torch.device(device).type == "cuda" else _cpu_ms
+    for _ in range(warmup):
+        for function in functions.values():
+            clock(function)
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            times[name].append(clock(function))
+    return {name: quartiles(values) for name, values in times.items()}
+
+
+def quartiles(values_ms: list[float]) -> Quartiles:
+    """Median and quartiles of a list of timings.
+
+    >>> quartiles([3.0, 1.0, 2.0])
+    Quartiles(median_ms=2.0, low_ms=1.5, high_ms=2.5)
+    """
+    if len(values_ms) < 2:
+        return Quartiles(values_ms[0], values_ms[0], values_ms[0])
+    low, median, high = statistics.quantiles(values_ms, n=4, method="inclusive")
+    return Quartiles(median, low, high)
+
+
+def _cpu_ms(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _cuda_ms(function: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)

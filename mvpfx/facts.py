@@ -1,0 +1,104 @@
+"""Facts: what a pass may require of a program, and what it must leave true.
+
+A fact is a name and a predicate over the program itself, so the runner can check it on the result
+of a pass instead of believing the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import fx
+
+from mvpfx.program import Program, full_name
+from mvpfx.storage import SparseLinear
+
+Fact = Callable[[Program], str | None]
+"""Returns None where the fact holds, else the reason it does not."""
+
+FACTS: dict[str, Fact] = {}
+"""Fact name -> predicate; filled by `fact`."""
+
+SPARSE = ("csr", "bsr")
+"""The storages that a `SparseLinear` keeps."""
+
+
+def fact(name: str) -> Callable[[Fact], Fact]:
+    """Register the decorated predicate as the meaning of fact `name`."""
+
+    def register(predicate: Fact) -> Fact:
+        FACTS[name] = predicate
+        return predicate
+
+    return register
+
+
+def find_fact(name: str) -> Fact:
+    """Return the predicate of fact `name`.
+
+    Raises:
+        ValueError: there is no such fact.
+    """
+    if name not in FACTS:
+        raise ValueError(f"unknown fact {name!r}; known facts: {', '.join(sorted(FACTS))}")
+    return FACTS[name]
+
+
+def is_mask_node(node: fx.Node) -> bool:
+    """Whether a node applies the mask of the one parameter it reads."""
+    if node.op != "call_module" or len(node.args) != 1:
+        return False
+    read = node.args[0]
+    return (
+        isinstance(read, fx.Node) and read.op == "get_attr" and f"{read.target}_mask" == node.target
+    )
+
+
+@fact("masks_folded")
+def masks_folded(program: Program) -> str | None:
+    """No graph masks a weight, but for sites that are on record as unfolded."""
+    for region, node in program.nodes():
+        if is_mask_node(node):
+            name = full_name(region, node.args[0].target)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+            site = program.site_of(name)
+            if (site.name if site else name) not in program.unfolded:
+                return f"{name} still goes through {node.target}"
+    return None
+
+
+@fact("shapes_agree")
+def shapes_agree(program: Program) -> str | None:
+    """Every weight has the shape its module's attributes say."""
+    for (module_name, attribute), size in program.attributes.items():
+        weight = program.parameter(full_name(module_name, "weight"))
+        dim = {"out_features": 0, "in_features": 1, "nx": 0, "nf": 1}.get(attribute)
+        if dim is not None and weight is not None and weight.shape[dim] != size:
+            return f"{module_name}.{attribute} is {size}, its weight {tuple(weight.shape)}"
+    return None
+
+
+@fact("storages_chosen")
+def storages_chosen(program: Program) -> str | None:
+    """Every site has a storage."""
+    missing = [name for name in program.sites if name not in program.storages]
+    return f"{missing[0]} has no storage" if missing else None
+
+
+@fact("layouts_chosen")
+def layouts_chosen(program: Program) -> str | None:
+    """Every sparse site has an output layout."""
+    for name, storage in program.storages.items():
+        if storage in SPARSE and name not in program.layouts:
+            return f"{name} is {storage} and has no output layout"
+    return None
+
+
+@fact("lowered")
+def lowered(program: Program) -> str | None:
+    """Every sparse site is a `SparseLinear` module."""
+    for name, storage in program.storages.items():
+        if storage in SPARSE:
+            module = program.module(program.sites[name].module_name)
+            if not isinstance(module, SparseLinear):
+                return f"{name} is {storage}, its module {type(module).__name__}"
+    return None

@@ -1,0 +1,204 @@
+"""A linear layer as the program has it: a matmul in a graph, its parameters, and their owner.
+
+Shapes: `N` output features, `K` input features. Weights are seen as `[N, K]` whatever their
+storage, and written back the way they came (HF `Conv1D` keeps `[K, N]`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, fx, nn
+
+from mvpfx.matmul import Matmul, find_matmuls
+from mvpfx.matmul import _swaps as swaps
+from mvpfx.program import Program, full_name, parent_name
+
+_WEIGHT_POSITION = {"linear": 1, "addmm": 2, "matmul": 1}
+"""Kind -> the argument that must be the weight, for its output features to come last."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One use of one weight: `node` computes `x W^T + b` on the last dimension."""
+
+    region: str
+    node: fx.Node
+    input: fx.Node
+    weight_name: str
+    bias_name: str | None
+    out_dim: int
+    obstacle: str | None
+    """Why its parameters may not change shape; None where they may."""
+
+    @property
+    def owner(self) -> str:
+        """Full name of the module that holds the weight."""
+        return parent_name(self.weight_name)
+
+    def weight(self, program: Program) -> Tensor:
+        """Return the weight as `[N, K]`, detached."""
+        value = program.parameter(self.weight_name)
+        assert value is not None
+        return value.detach() if self.out_dim == 0 else value.detach().t()
+
+    def bias(self, program: Program) -> Tensor | None:
+        """Return the bias `[N]`, detached, or None."""
+        name = self._bias_now(program)
+        value = program.parameter(name) if name else None
+        return None if value is None else value.detach()
+
+    def keep_rows(self, program: Program, keep: Tensor) -> None:
+        """Keep the output features where `keep` `[N]` is True."""
+        self._write(program, self.weight(program)[keep])
+        bias = self.bias(program)
+        name = self._bias_now(program)
+        if bias is not None and name is not None:
+            program.parameters[name] = bias[keep]
+
+    def keep_columns(self, program: Program, keep: Tensor) -> None:
+        """Keep the input features where `keep` `[K]` is True."""
+        self._write(program, self.weight(program)[:, keep])
+
+    def can_add_bias(self, program: Program) -> bool:
+        """Whether a constant can be added to the output: there is a bias, or a place for one."""
+        if self.bias_name is not None:
+            return True
+        return is_own_call(self) and is_linear(program.module(self.owner))
+
+    def fold(self, program: Program, constant: Tensor) -> None:
+        """Add what the constant input channels `[K]` (float64) contribute to the bias.
+
+        `b' = b + W c`, computed in float64. A bias is created where there is none.
+        """
+        if not bool(constant.any()):
+            return
+        weight = self.weight(program)
+        added = weight.double() @ constant.to(weight.device)
+        bias = self.bias(program)
+        if bias is None:
+            program.parameters[full_name(self.owner, "bias")] = added.to(weight.dtype)
+        else:
+            name = self._bias_now(program)
+            assert name is not None
+            program.parameters[name] = (bias.double() + added).to(bias.dtype)
+
+    def _bias_now(self, program: Program) -> str | None:
+        """Return the bias's name; a pass may have created one since the graph was read."""
+        created = full_name(self.owner, "bias")
+        if self.bias_name is None and self.can_add_bias(program) and created in program.parameters:
+            return created
+        return self.bias_name
+
+    def _write(self, program: Program, weight: Tensor) -> None:
+        stored = weight if self.out_dim == 0 else weight.t()
+        program.parameters[self.weight_name] = stored.contiguous()
+        owner = program.module(self.owner)
+        rows, columns = weight.shape
+        names = {"out_features": rows, "in_features": columns, "nf": rows, "nx": columns}
+        for name, size in names.items():
+            if hasattr(owner, name):
+                program.attributes[self.owner, name] = size
+
+
+def find_layers(program: Program) -> dict[str, dict[fx.Node, Layer]]:
+    """Return the linear layers of every graph by region and node."""
+    obstacle = find_obstacles(program)
+    found: dict[str, dict[fx.Node, Layer]] = {}
+    for region, graph in program.graphs.items():
+        layers: dict[fx.Node, Layer] = {}
+        for matmul in find_matmuls(graph, _shapes(program, region)):
+            layer = _layer(program, region, matmul, obstacle)
+            if layer is not None:
+                layers[matmul.node] = layer
+        found[region] = layers
+    return found
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Return parameter name -> another name of the same tensor, for all that have several."""
+    by_identity: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        by_identity.setdefault(id(parameter), []).append(name)
+    groups = [names for names in by_identity.values() if len(names) > 1]
+    return {name: names[names[0] == name] for names in groups for name in names}
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    """Whether a module computes what `nn.Linear` does, subclass or not."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def is_own_call(layer: Layer) -> bool:
+    """Whether the matmul runs inside the forward of the module that holds the weight."""
+    return full_name(layer.region, layer.node.meta.get("module", "")) == layer.owner
+
+
+def resize(node: fx.Node, dim: int, size: int) -> None:
+    """Make the metadata of `node` say `size` at `dim`."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        shape = list(value.shape)
+        shape[dim] = size
+        node.meta["val"] = value.new_empty(shape)
+
+
+def user_names(node: fx.Node) -> str:
+    """Return what reads a node, for messages."""
+    return ", ".join(sorted({_node_name(user) for user in node.users})) or "nothing"
+
+
+def _node_name(node: fx.Node) -> str:
+    if node.op == "output":
+        return "the region's result"
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _layer(
+    program: Program, region: str, matmul: Matmul, find_obstacle: Callable[[str], str | None]
+) -> Layer | None:
+    position = _WEIGHT_POSITION.get(matmul.kind)
+    node, weight_name = matmul.node, full_name(region, matmul.weight.target)
+    weight = program.parameter(weight_name)
+    if position is None or matmul.input is None or weight is None or weight.dim() != 2:
+        return None
+    if len(node.args) <= position or node.args[position] is not matmul.operand:
+        return None
+    bias = {"linear": node.args[2:3] or (node.kwargs.get("bias"),), "addmm": node.args[:1]}
+    given = bias.get(matmul.kind, (None,))[0]
+    if given is not matmul.bias or set(node.kwargs) - {"bias"}:
+        return None
+    bias_name = full_name(region, matmul.bias.target) if matmul.bias is not None else None
+    names = [name for name in (weight_name, bias_name) if name is not None]
+    obstacle = next(filter(None, map(find_obstacle, names)), None)
+    if matmul.mask is not None:
+        obstacle = obstacle or f"{weight_name} is still masked"
+    if not all(swaps(link) and len(link.users) == 1 for link in matmul.chain):
+        obstacle = obstacle or f"{weight_name} is changed before the matmul"
+    return Layer(region, node, matmul.input, weight_name, bias_name, matmul.out_dim, obstacle)
+
+
+def find_obstacles(program: Program) -> Callable[[str], str | None]:
+    """Return a function: parameter name -> why its shape may not change, or None."""
+    tied = tied_names(program.model)
+    reads: Counter[str] = Counter()
+    for region, node in program.nodes():
+        if node.op == "get_attr":
+            reads[full_name(region, node.target)] += len(node.users)
+
+    def obstacle(name: str) -> str | None:
+        if name in tied:
+            return f"{name} is tied to {tied[name]}"
+        return f"{name} is read {reads[name]} times" if reads[name] > 1 else None
+
+    return obstacle
+
+
+def _shapes(program: Program, region: str) -> Callable[[str], tuple[int, ...] | None]:
+    def shape(target: str) -> tuple[int, ...] | None:
+        value = program.parameter(full_name(region, target))
+        return None if value is None else tuple(value.shape)
+
+    return shape
