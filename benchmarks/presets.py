@@ -1,0 +1,65 @@
+"""What to prune: single weights, or heads and FFN channels that leave a smaller dense model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+import mvpfx
+
+GRANULARITIES = ("element", "structured")
+ATTENTION_OUTPUTS = ("attention.output.dense", "attention.o_proj", "attention.out_lin")
+FFN_OUTPUTS = ("output.dense", "mlp.fc2", "ffn.lin2")
+
+
+def pruning_config(
+    model: nn.Module,
+    *,
+    density: float,
+    granularity: str,
+    criterion: str = "movement",
+    constant: bool = False,
+) -> mvpfx.PruningConfig:
+    """The configuration of a benchmark run.
+
+    Args:
+        model: A Hugging Face encoder; "structured" looks up the names of its modules.
+        density: Final fraction kept.
+        granularity: "element" or "structured".
+        criterion: As in `PruningConfig`.
+        constant: Stay at `density` from the first step, instead of the default schedule.
+    """
+    options: dict[str, Any] = {"schedule": mvpfx.ConstantSchedule()} if constant else {}
+    if granularity == "structured":
+        options["overrides"] = heads_and_channels(model)
+    return mvpfx.PruningConfig(criterion=criterion, density=density, **options)
+
+
+def heads_and_channels(model: nn.Module) -> dict[str, dict[str, Any] | None]:
+    """Overrides that score the inputs of each block's two output projections and nothing else.
+
+    A unit is what one head, or one FFN channel, feeds into its output projection: a block of
+    (out_features, head size) or (out_features, 1). Where it goes, `convert` removes what it was
+    computed from as well: rows of query, key and value, or a row of the FFN's first matmul. So
+    the density of the linear layers after convert is the density of the units.
+    """
+    config: Any = model.config
+    head_size = config.hidden_size // config.num_attention_heads
+    overrides: dict[str, dict[str, Any] | None] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if name.endswith(ATTENTION_OUTPUTS):
+            overrides[name] = {"granularity": (module.out_features, head_size)}
+        elif name.endswith(FFN_OUTPUTS):
+            overrides[name] = {"granularity": (module.out_features, 1)}
+        else:
+            overrides[name] = None
+    if not any(overrides.values()):
+        raise ValueError(
+            f"{type(model).__name__} has no module whose name ends in "
+            f"{', '.join((*ATTENTION_OUTPUTS, *FFN_OUTPUTS))}, which is where heads and FFN "
+            "channels are scored. Use --granularity element"
+        )
+    return overrides

@@ -1,0 +1,49 @@
+"""Result files: the figures, and what one needs to know to get them again.
+
+Holds no date, no host name and no path: the same run writes the same file but for its timings.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parent / "results"
+PACKAGES = ("mvpfx", "torch", "transformers", "tokenizers", "numpy", "scikit-learn")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, processor, instruction set, device and threads of this run."""
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write a result as JSON, its keys in the given order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_all(folder: Path = FOLDER) -> list[dict[str, Any]]:
+    """Every result of a folder, in the order of the file names."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
