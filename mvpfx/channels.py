@@ -61,7 +61,7 @@ def find_chain(program: Program, consumer: Layer, layers: Mapping[fx.Node, Layer
             producers[node] = layers[node]
         elif node.op == "get_attr":
             vectors[node] = full_name(consumer.region, node.target)
-        elif _is_conv1d_view(program, node, consumer, layers):
+        elif is_conv1d_view(program, node, consumer, layers):
             views.append(node)
             seen[node] = None
             stack.append(node.args[0])  # pyright: ignore[reportArgumentType]
@@ -157,17 +157,21 @@ def _unequal(
     return None
 
 
-def _is_conv1d_view(
+def is_conv1d_view(
     program: Program, node: fx.Node, consumer: Layer, layers: Mapping[fx.Node, Layer]
 ) -> bool:
-    """A view in HF Conv1D's forward: its literal follows `nf`, or the size of its input."""
+    """Whether a node is a view in HF Conv1D's forward.
+
+    Its literal follows `nf`, or the size of its input.
+    """
     if node.op != "call_method" or node.target not in ("view", "reshape"):
         return False
     source = node.args[0]
     near = consumer if consumer.input is node else None
     if near is None and isinstance(source, fx.Node):
         near = layers.get(source)
-    if near is None or not is_conv1d(program.module(near.owner)):
+    owner = program.module(near.owner) if near is not None else None
+    if near is None or owner is None or not is_conv1d(owner):
         return False
     return node.meta.get("module") == near.node.meta.get("module") and is_own_call(near)
 

@@ -46,12 +46,10 @@ def find_fact(name: str) -> Fact:
 
 def is_mask_node(node: fx.Node) -> bool:
     """Whether a node applies the mask of the one parameter it reads."""
-    if node.op != "call_module" or len(node.args) != 1:
+    if node.op != "call_module" or not str(node.target).endswith("_mask"):
         return False
-    read = node.args[0]
-    return (
-        isinstance(read, fx.Node) and read.op == "get_attr" and f"{read.target}_mask" == node.target
-    )
+    read = node.args[0] if len(node.args) == 1 else None
+    return isinstance(read, fx.Node) and read.op == "get_attr"
 
 
 @fact("masks_folded")
@@ -59,7 +57,7 @@ def masks_folded(program: Program) -> str | None:
     """No graph masks a weight, but for sites that are on record as unfolded."""
     for region, node in program.nodes():
         if is_mask_node(node):
-            name = full_name(region, node.args[0].target)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+            name = full_name(region, node.all_input_nodes[0].target)
             site = program.site_of(name)
             if (site.name if site else name) not in program.unfolded:
                 return f"{name} still goes through {node.target}"

@@ -42,8 +42,6 @@ class Program:
     """Region name -> its graph."""
     regions: list[str] | None = None
     """Names of the regions that capture looked at, with and without a graph; None before it."""
-    regions: list[str] | None = None
-    """Names of the modules looked at as regions; None until capture ran."""
     parameters: dict[str, Tensor | None] = field(default_factory=dict[str, "Tensor | None"])
     """Full parameter name -> its new value; two names of one tensor stay tied."""
     modules: dict[str, nn.Module | None] = field(default_factory=dict[str, "nn.Module | None"])
@@ -133,6 +131,8 @@ class Program:
         """
         made: dict[int, nn.Parameter] = {}
         for name, value in self.parameters.items():
+            if parent_name(name) in self.modules:
+                continue
             owner, leaf = model.get_submodule(parent_name(name)), name.rpartition(".")[2]
             if value is None:
                 owner._parameters[leaf] = None

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 Layout = Literal["feature_major", "token_major"]
 INDEX_DTYPE = torch.int32
 """MKL converts 64-bit indices in every call."""
+BLOCKS = (32, 16, 8, 4)
+"""Block sizes of BSR, preferred first."""
 OPERATOR = "mvpfx::sparse_linear"
 
 
@@ -185,6 +187,32 @@ def supports(dtype: torch.dtype, device: torch.device | str) -> bool:
     if torch.device(device).type == "cpu":
         return dtype in (torch.float32, torch.float64)
     return dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def stored_fraction(weight: Tensor, block: int) -> float:
+    """Return the fraction of a weight's values that storage in `block` x `block` blocks keeps."""
+    if weight.numel() == 0:
+        return 0.0
+    rows, columns = weight.shape
+    grid = (weight != 0).view(rows // block, block, columns // block, block)
+    kept = grid.any(dim=3).any(dim=1)
+    return int(kept.sum()) / kept.numel()
+
+
+def find_block(weight: Tensor, waste: float = 1.25) -> int | None:
+    """Return the largest block size whose blocks store at most `waste` times the nonzeros.
+
+    With `waste` infinite: the one that stores fewest bytes. None where no size fits.
+    """
+    rows, columns = weight.shape
+    nonzero = stored_fraction(weight.contiguous(), 1)
+    sizes = [b for b in BLOCKS if rows % b == 0 and columns % b == 0]
+    stored = {b: stored_fraction(weight.contiguous(), b) for b in sizes}
+    fitting = [b for b in sizes if stored[b] <= waste * nonzero]
+    if waste == math.inf and fitting:
+        item = weight.element_size()
+        return min(fitting, key=lambda b: stored[b] * (item + 4 / b**2))
+    return fitting[0] if fitting else None
 
 
 def _sparse_linear(

@@ -1,0 +1,223 @@
+"""Choose how each site's weight is stored: dense, reduced, csr or bsr.
+
+A sparse storage is taken only where it is clearly faster than the dense matmul of the same
+(shrunken) shape, transposes at both edges included: measured at the token count of the example
+inputs, or by the break-even table where there are none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvpfx.cost import MARGIN, break_even, compare
+from mvpfx.facts import SPARSE
+from mvpfx.hf import is_conv1d
+from mvpfx.layer import Layer, find_layers, is_linear, is_own_call, tied_names
+from mvpfx.pipeline import Decision, Pass
+from mvpfx.program import Program, Timing, full_name
+from mvpfx.site import Site
+from mvpfx.storage import SparseLinear, find_block, stored_fraction
+
+LOWERINGS = ("auto", "dense", *SPARSE)
+HOPELESS = 0.6
+"""Density above which no sparse storage is worth measuring."""
+DEFAULT_TOKENS = 128
+"""Token count that the break-even table is asked for where none is known."""
+
+
+@dataclass(frozen=True)
+class ChooseStorage(Pass):
+    """Choose a storage for every site.
+
+    Args:
+        lowering: "auto" takes the fastest; "dense", "csr" or "bsr" is taken wherever it can be.
+        rounds: timed calls of each candidate.
+
+    Raises:
+        ValueError: the lowering is unknown.
+    """
+
+    name: ClassVar[str] = "choose_storage"
+    requires: ClassVar[tuple[str, ...]] = ("masks_folded",)
+    ensures: ClassVar[tuple[str, ...]] = ("storages_chosen",)
+    lowering: str = "auto"
+    rounds: int = 9
+
+    def __post_init__(self) -> None:
+        if self.lowering not in LOWERINGS:
+            known = ", ".join(LOWERINGS)
+            raise ValueError(f"unknown lowering {self.lowering!r}; needed one of: {known}.")
+
+    def apply(self, program: Program) -> Iterator[Decision]:
+        """Choose site by site; equal shapes and densities are measured once."""
+        layers = _by_weight(program)
+        tied = tied_names(program.model)
+        stopwatch = _Stopwatch(self.rounds)
+        for site in program.sites.values():
+            if site.name in program.storages:
+                continue
+            found = layers.get(site.name, [])
+            obstacle = _obstacle(program, site, found, tied)
+            storage, decision = self._choose(program, site, found, obstacle, stopwatch)
+            program.storages[site.name] = storage
+            yield decision
+
+    def _choose(
+        self,
+        program: Program,
+        site: Site,
+        layers: list[Layer],
+        obstacle: str | None,
+        stopwatch: _Stopwatch,
+    ) -> tuple[str, Decision]:
+        dense = _dense_name(program, site)
+        if self.lowering in SPARSE:
+            reason = obstacle or (_no_block(program, layers[0]) if self.lowering == "bsr" else None)
+            if reason is not None:
+                reason = f"{reason}; stays {dense}"
+                return dense, Decision(site.name, f"store as {self.lowering}", False, reason)
+            decision = Decision(site.name, f"store as {self.lowering}", True, "asked for")
+            return self.lowering, decision
+        action = f"store as {dense}"
+        if self.lowering == "dense" or obstacle is not None:
+            return dense, Decision(site.name, action, True, obstacle or "asked for")
+        density = program.density(site.name)
+        if density > HOPELESS:
+            reason = f"density {density:.2f} is too high for sparse storage"
+            return dense, Decision(site.name, action, True, reason)
+        storage, reason = self._fastest(program, site, layers[0], stopwatch)
+        return storage, Decision(site.name, f"store as {storage}", True, reason)
+
+    def _fastest(
+        self, program: Program, site: Site, layer: Layer, stopwatch: _Stopwatch
+    ) -> tuple[str, str]:
+        dense = _dense_name(program, site)
+        weight = layer.weight(program)
+        tokens = program.tokens.get(site.name)
+        blocks = {"csr": 1, "bsr": find_block(weight)}
+        if weight.device.type != "cpu":
+            del blocks["bsr"]
+        candidates = {name: block for name, block in blocks.items() if block}
+        if tokens is None:
+            return _by_table(weight, candidates, dense)
+        times = stopwatch.measure(weight, layer.bias(program), layer.out_dim, tokens, candidates)
+        before = times["dense"]
+        best = min(candidates, key=times.__getitem__)
+        listed = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
+        where = f"at {tokens} tokens, density {program.density(site.name):.2f}: {listed}"
+        chosen = best if times[best] < MARGIN * before else dense
+        after = times[best] if chosen == best else before
+        program.timings[site.name] = Timing(tokens, before, after)
+        return chosen, f"measured {where}"
+
+
+@dataclass
+class _Stopwatch:
+    rounds: int
+    _known: dict[tuple[object, ...], dict[str, float]] = field(
+        default_factory=dict[tuple[object, ...], dict[str, float]]
+    )
+
+    def measure(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        out_dim: int,
+        tokens: int,
+        candidates: dict[str, int],
+    ) -> dict[str, float]:
+        """Return median milliseconds of dense and of each candidate storage."""
+        nonzero = round(50 * int(torch.count_nonzero(weight)) / weight.numel())
+        key = (*weight.shape, weight.dtype, str(weight.device), out_dim, bias is None, tokens)
+        key = (*key, nonzero, *candidates.items())
+        if key not in self._known:
+            self._known[key] = self._run(weight, bias, out_dim, tokens, candidates)
+        return self._known[key]
+
+    def _run(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        out_dim: int,
+        tokens: int,
+        candidates: dict[str, int],
+    ) -> dict[str, float]:
+        # Fixed values: convert must not move the random generator.
+        x = torch.linspace(-1, 1, tokens * weight.shape[1], device=weight.device)
+        x = x.to(weight.dtype).view(tokens, -1)
+        stored = weight.contiguous() if out_dim == 0 else weight.t().contiguous().t()
+        calls = {"dense": lambda: F.linear(x, stored, bias)}
+        for name, block in candidates.items():
+            sparse = SparseLinear.from_dense(weight, bias, block)
+            calls[name] = lambda sparse=sparse: sparse(x)
+        with torch.no_grad():
+            times = compare(calls, weight.device, self.rounds)
+        return {name: t.median_ms for name, t in times.items()}
+
+
+def _by_table(weight: Tensor, candidates: dict[str, int], dense: str) -> tuple[str, str]:
+    chosen, reasons = dense, list[str]()
+    for name, block in candidates.items():
+        density = stored_fraction(weight, block)
+        limit = break_even(name, DEFAULT_TOKENS, weight.device.type, weight.dtype)
+        sign = "<" if density < limit else ">="
+        reasons.append(f"{name} density {density:.3f} {sign} break-even {limit:.3f}")
+        if density < limit:
+            chosen = name
+    return chosen, f"from the table at {DEFAULT_TOKENS} tokens: {', '.join(reasons)}"
+
+
+def _by_weight(program: Program) -> dict[str, list[Layer]]:
+    found: dict[str, list[Layer]] = {}
+    for layers in find_layers(program).values():
+        for layer in layers.values():
+            found.setdefault(layer.weight_name, []).append(layer)
+    return found
+
+
+def _dense_name(program: Program, site: Site) -> str:
+    value = program.parameter(site.name)
+    return "reduced" if value is not None and tuple(value.shape) != site.shape else "dense"
+
+
+def _no_block(program: Program, layer: Layer) -> str | None:
+    weight = layer.weight(program)
+    if find_block(weight, waste=float("inf")):
+        return None
+    rows, columns = weight.shape
+    return f"no block size tiles {rows} x {columns}"
+
+
+def _obstacle(
+    program: Program, site: Site, layers: list[Layer], tied: dict[str, str]
+) -> str | None:
+    """Say why a site cannot be a `SparseLinear`; None where it can."""
+    owner = program.module(site.module_name)
+    if len(site.shape) != 2:
+        return f"a weight of {len(site.shape)} dimensions has no sparse storage"
+    if site.name in tied:
+        return f"tied to {tied[site.name]}"
+    if site.name in program.unfolded:
+        return "its mask is not folded"
+    if owner is None or not (is_linear(owner) or is_conv1d(owner)):
+        return f"held by {type(owner).__name__}, which is not a linear layer"
+    if site.module_name in ("", *program.graphs):
+        return "it is the captured module itself"
+    if not layers:
+        return "no graph shows how it is used"
+    if owner._forward_hooks or owner._forward_pre_hooks or owner._backward_hooks:
+        return "its module has hooks"
+    uses = sum(
+        len(node.users)
+        for region, node in program.nodes()
+        if node.op == "get_attr" and full_name(region, node.target) == site.name
+    )
+    if uses != len(layers) or not all(is_own_call(layer) for layer in layers):
+        return "its weight is also read outside its module"
+    return None

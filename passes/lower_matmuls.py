@@ -1,0 +1,80 @@
+"""Replace the modules of sparse sites by `SparseLinear`, and show it in the graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+from torch import fx, nn
+
+from mvpfx.facts import SPARSE
+from mvpfx.layer import Layer, find_layers
+from mvpfx.pipeline import Decision, Pass
+from mvpfx.program import Program
+from mvpfx.storage import Layout, SparseLinear, find_block
+
+
+@dataclass(frozen=True)
+class LowerMatmuls(Pass):
+    """Build the sparse modules that earlier passes decided on."""
+
+    name: ClassVar[str] = "lower_matmuls"
+    requires: ClassVar[tuple[str, ...]] = ("storages_chosen", "layouts_chosen")
+    ensures: ClassVar[tuple[str, ...]] = ("lowered",)
+
+    def apply(self, program: Program) -> Iterator[Decision]:
+        """Build each module once; every matmul that used the weight becomes a call of it."""
+        for layers in find_layers(program).values():
+            for layer in layers.values():
+                storage = program.storages.get(layer.weight_name)
+                if storage not in SPARSE:
+                    continue
+                module = program.module(layer.owner)
+                if not isinstance(module, SparseLinear):
+                    module = _build(program, layer, storage)
+                    program.modules[layer.owner] = module
+                    dense = layer.weight(program)
+                    reason = (
+                        f"{module.values.numel()} of {dense.numel()} values, "
+                        f"{module.storage_bytes} bytes, {module.output_layout} output"
+                    )
+                    yield Decision(layer.weight_name, f"lower to {storage}", True, reason)
+                _rewrite(layer)
+
+
+def _build(program: Program, layer: Layer, storage: str) -> SparseLinear:
+    weight = layer.weight(program).contiguous()
+    block = 1 if storage == "csr" else find_block(weight) or find_block(weight, waste=float("inf"))
+    layout = cast("Layout", program.layouts[layer.weight_name])
+    bias = layer.bias(program)
+    built = SparseLinear.from_dense(weight, bias, block or 1, layout)
+    original = program.module(layer.owner)
+    assert original is not None
+    trains = next(iter(original._parameters.values()))
+    for parameter in built.parameters():
+        parameter.requires_grad_(isinstance(trains, nn.Parameter) and trains.requires_grad)
+    return built.train(original.training)
+
+
+def _rewrite(layer: Layer) -> None:
+    """Turn the matmul into a call of the module that holds the weight."""
+    node, graph = layer.node, layer.node.graph
+    target = layer.owner.removeprefix(f"{layer.region}.") if layer.region else layer.owner
+    with graph.inserting_before(node):
+        call = graph.call_module(target, (layer.input,))
+    call.meta = dict(node.meta)
+    reads = [n for n in node.all_input_nodes if n is not layer.input]
+    node.replace_all_uses_with(call)
+    graph.erase_node(node)
+    for read in reads:
+        _erase_unused(graph, read)
+
+
+def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    while node.op != "placeholder" and not node.users:
+        before = node.all_input_nodes
+        graph.erase_node(node)
+        if not before:
+            return
+        node = before[0]
