@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from mvpfx.matmul import Matmul, find_matmuls
-from mvpfx.matmul import _swaps as swaps
+from mvpfx.matmul import Matmul, find_matmuls, swaps
 from mvpfx.program import Program, full_name, parent_name
 
 _WEIGHT_POSITION = {"linear": 1, "addmm": 2, "matmul": 1}

@@ -34,9 +34,9 @@ class LowerMatmuls(Pass):
                 if not isinstance(module, SparseLinear):
                     module = _build(program, layer, storage)
                     program.modules[layer.owner] = module
-                    dense = layer.weight(program)
+                    size = module.in_features * module.out_features
                     reason = (
-                        f"{module.values.numel()} of {dense.numel()} values, "
+                        f"{module.values.numel()} of {size} values, "
                         f"{module.storage_bytes} bytes, {module.output_layout} output"
                     )
                     yield Decision(layer.weight_name, f"lower to {storage}", True, reason)

@@ -1,0 +1,251 @@
+"""What `prepare` and `convert` did, as data and as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from mvpfx.pipeline import Decision, Record
+from mvpfx.program import Program
+from mvpfx.state import State, state_of
+from mvpfx.storage import SparseLinear
+
+_DENSE_GRANULARITY = "-"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One site before and after conversion.
+
+    Attributes:
+        site: the weight's full name.
+        shape_before, shape_after: of the matrix that is multiplied.
+        granularity: what it was pruned in; "-" where it was not pruned by this package.
+        kept, total: nonzero values after, all values before.
+        storage: dense, reduced, csr or bsr.
+        bytes_before, bytes_after: of the weight with its indices, without the bias.
+        before_ms, after_ms: measured at `tokens` rows of activations; None where not measured.
+    """
+
+    site: str
+    shape_before: tuple[int, ...]
+    shape_after: tuple[int, ...]
+    granularity: str
+    kept: int
+    total: int
+    storage: str
+    bytes_before: int
+    bytes_after: int
+    tokens: int | None = None
+    before_ms: float | None = None
+    after_ms: float | None = None
+
+    @property
+    def density(self) -> float:
+        """Fraction of the original values that is kept."""
+        return self.kept / self.total if self.total else 0.0
+
+
+@dataclass
+class Report:
+    """What `convert` did.
+
+    Attributes:
+        records: one entry a pass.
+        rows: one entry a site.
+        max_difference: largest absolute difference of outputs, masked against converted, on the
+            example inputs; None where none were given.
+        latency_before_ms, latency_after_ms: of the whole model on the example inputs; None where
+            not measured.
+    """
+
+    records: list[Record] = field(default_factory=list[Record])
+    rows: list[Row] = field(default_factory=list[Row])
+    max_difference: float | None = None
+    latency_before_ms: float | None = None
+    latency_after_ms: float | None = None
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """Every decision of every pass, in order."""
+        return [decision for record in self.records for decision in record.decisions]
+
+
+def make_rows(program: Program) -> list[Row]:
+    """Return one row a site of a program that went through the passes of convert."""
+    rows: list[Row] = []
+    for site in program.sites.values():
+        before = _raw(program.model, site.name)
+        module = program.module(site.module_name)
+        if isinstance(module, SparseLinear):
+            values, after_bytes = module.values, module.storage_bytes
+            shape_after = (module.out_features, module.in_features)[:: 1 - 2 * site.out_dim]
+        else:
+            value = program.parameter(site.name)
+            assert value is not None
+            values, after_bytes, shape_after = value, _bytes(value), tuple(value.shape)
+        rule = program.rules.get(site.name)
+        timing = program.timings.get(site.name)
+        rows.append(
+            Row(
+                site.name,
+                site.shape,
+                shape_after,
+                str(rule.granularity) if rule is not None else _DENSE_GRANULARITY,
+                int(torch.count_nonzero(values.detach())),
+                before.numel(),
+                program.storages.get(site.name, "dense"),
+                _bytes(before),
+                after_bytes,
+                timing.tokens if timing else None,
+                timing.before_ms if timing else None,
+                timing.after_ms if timing else None,
+            )
+        )
+    return rows
+
+
+def sparsity_table(model: nn.Module) -> str:
+    """Return a table of a prepared or converted model, one line a site, with totals.
+
+    A prepared model shows the current density and the target of the schedule; a converted one
+    shapes, bytes and (where measured) milliseconds of the matmul before and after.
+
+    Raises:
+        ValueError: the model is neither prepared nor converted.
+    """
+    state = state_of(model)
+    if state.report is not None:
+        return converted_table(state.report.rows)
+    return _prepared_table(model, state)
+
+
+def explain(model: nn.Module) -> str:
+    """Return every decision made for a prepared or converted model, by site, with its reason.
+
+    `+` marks what was done, `-` what was declined.
+
+    Raises:
+        ValueError: the model is neither prepared nor converted.
+    """
+    state = state_of(model)
+    report = state.report
+    decisions = report.decisions if report is not None else _decisions(state.records)
+    lines = [decisions_text([*decisions, *state.late])]
+    if report is not None:
+        lines += _outcome(report)
+    return "\n".join(line for line in lines if line)
+
+
+def decisions_text(decisions: Iterable[Decision]) -> str:
+    """Return decisions as text, grouped by site in the order sites first appear."""
+    by_site: dict[str, list[Decision]] = {}
+    for decision in decisions:
+        by_site.setdefault(decision.site, []).append(decision)
+    lines: list[str] = []
+    for site, group in by_site.items():
+        lines.append(site or "(model)")
+        lines += [f"  {'+' if d.applied else '-'} {d.action}: {d.reason}" for d in group]
+    return "\n".join(lines)
+
+
+def converted_table(rows: Sequence[Row]) -> str:
+    """Return the table of a converted model."""
+    timed = any(row.before_ms is not None for row in rows)
+    headers = ["site", "shape", "granularity", "density", "kept / total", "storage"]
+    headers += ["bytes before", "bytes after", *(["ms before", "ms after"] if timed else [])]
+    lines = [_line(row, timed) for row in rows]
+    kept, total = sum(r.kept for r in rows), sum(r.total for r in rows)
+    before, after = sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows)
+    totals: list[Any] = ["total", "", "", _ratio(kept, total), f"{kept:,} / {total:,}", ""]
+    totals += [f"{before:,}", f"{after:,}"]
+    if timed:
+        totals += [_ms([r.before_ms for r in rows]), _ms([r.after_ms for r in rows])]
+    return _tabulate([*lines, totals], headers)
+
+
+def _line(row: Row, timed: bool) -> list[Any]:
+    shape = _shape(row.shape_before)
+    if row.shape_after != row.shape_before:
+        shape += f" -> {_shape(row.shape_after)}"
+    counts = f"{row.kept:,} / {row.total:,}"
+    line: list[Any] = [row.site, shape, row.granularity, f"{row.density:.4f}", counts, row.storage]
+    line += [f"{row.bytes_before:,}", f"{row.bytes_after:,}"]
+    return line + ([_ms([row.before_ms]), _ms([row.after_ms])] if timed else [])
+
+
+def _prepared_table(model: nn.Module, state: State) -> str:
+    headers = ["site", "shape", "granularity", "density", "target now", "target", "kept / total"]
+    lines: list[list[Any]] = []
+    sums = [0, 0]
+    for site in state.sites.values():
+        mask: Any = model.get_submodule(f"{site.name}_mask")
+        with torch.no_grad():
+            kept = int(torch.count_nonzero(mask.mask()))
+        total = math.prod(site.shape)
+        sums = [sums[0] + kept, sums[1] + total]
+        counts = f"{kept:,} / {total:,}"
+        line = [site.name, _shape(site.shape), str(mask.rule.granularity), _ratio(kept, total)]
+        lines.append([*line, *_targets(mask), counts])
+    totals = ["total", "", "", _ratio(*sums), "", "", f"{sums[0]:,} / {sums[1]:,}"]
+    return _tabulate([*lines, totals], headers)
+
+
+def _targets(mask: Any) -> list[str]:
+    """What the schedule asks for now and at the end; of soft movement, the threshold."""
+    if mask.rule.criterion == "soft_movement":
+        return [f"tau {mask.threshold:.4f}", f"tau {mask.rule.threshold:.4f}"]
+    return [f"{mask.density:.4f}", f"{mask.rule.density:.4f}"]
+
+
+def _outcome(report: Report) -> list[str]:
+    lines: list[str] = []
+    if report.rows and all(r.bytes_after >= r.bytes_before for r in report.rows):
+        lines.append("Nothing was gained: no site became smaller.")
+    if report.max_difference is not None:
+        lines.append(f"Largest output difference, masked vs converted: {report.max_difference:.2e}")
+    if report.latency_before_ms is not None and report.latency_after_ms is not None:
+        before, after = report.latency_before_ms, report.latency_after_ms
+        lines.append(f"Latency: {before:.2f} ms -> {after:.2f} ms ({before / after:.2f}x)")
+    return lines
+
+
+def _decisions(records: Iterable[Record]) -> list[Decision]:
+    return [decision for record in records for decision in record.decisions]
+
+
+def _raw(model: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    value = model.get_submodule(owner)._parameters[leaf]
+    assert value is not None
+    return value
+
+
+def _bytes(value: Tensor) -> int:
+    return value.numel() * value.element_size()
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(str(size) for size in shape)
+
+
+def _ratio(kept: int, total: int) -> str:
+    return f"{kept / total:.4f}" if total else "-"
+
+
+def _ms(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known):.3f}" if known else ""
+
+
+def _tabulate(lines: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
+    align = [
+        "left" if h in ("site", "shape", "granularity", "storage") else "right" for h in headers
+    ]
+    return tabulate(lines, headers=headers, colalign=align, disable_numparse=True)
