@@ -1,6 +1,6 @@
 """README's table of results, made from the committed result files.
 
-python -m benchmarks.readme         writes it into README.md
+`python -m benchmarks.readme` writes it into README.md.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
 def test_the_quick_start_runs_and_is_short(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = blocks("python")
     assert len(code.splitlines()) <= 12
-    exec(compile(code, "README.md", "exec"), {"__name__": "quick_start"})
+    exec(compile(code, "<quick start>", "exec"), {"__name__": "quick_start"})
     assert "encoder.layer.11.output.dense" in capsys.readouterr().out
 
 
