@@ -1,0 +1,147 @@
+"""Granularity: the shape of the unit that one score governs.
+
+Everything here works on the matrix view of a weight, `[outputs, inputs]`, whatever the layout of
+the parameter: a convolution's kernel is flattened, a weight stored `[in, out]` is transposed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mvpfx.site import Site
+
+NAMED: dict[str, tuple[int | None, int | None]] = {
+    "element": (1, 1),
+    "row": (1, None),
+    "column": (None, 1),
+}
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """A unit of `rows` outputs by `cols` inputs; None stands for the whole dimension.
+
+    >>> parse((2, 3))
+    Granularity(rows=2, cols=3)
+    >>> parse("row")
+    Granularity(rows=1, cols=None)
+    """
+
+    rows: int | None = 1
+    cols: int | None = 1
+
+    @property
+    def is_element(self) -> bool:
+        """Whether each weight has a score of its own."""
+        return self.rows == 1 and self.cols == 1
+
+    def block(self, site: Site) -> tuple[int, int]:
+        """Size of one unit of `site`, as (outputs, inputs)."""
+        height, width = matrix_shape(site)
+        return self.rows or height, self.cols or width
+
+    def units_shape(self, site: Site) -> tuple[int, int]:
+        """Number of units of `site` along (outputs, inputs)."""
+        (height, width), (rows, cols) = matrix_shape(site), self.block(site)
+        return height // rows, width // cols
+
+    def check(self, site: Site) -> None:
+        """Make sure that the units tile the weight of `site`.
+
+        Raises:
+            ValueError: if they do not; the message says what to do.
+        """
+        (height, width), (rows, cols) = matrix_shape(site), self.block(site)
+        sizes = [("height", height, rows), ("width", width, cols)]
+        bad = [(word, size, part) for word, size, part in sizes if size % part or not size]
+        if not bad:
+            return
+        view = "" if site.shape == (height, width) else " as outputs x inputs"
+        sums = ", ".join(
+            f"{size} = {size // part} * {part} + {size % part}" for _, size, part in bad
+        )
+        repair = " and ".join(f"a block {word} that divides {size}" for word, size, _ in bad)
+        raise ValueError(
+            f"{site.name} is {height} x {width}{view}, which {rows} x {cols} blocks do not tile "
+            f"({sums}).\nUse {repair}, or leave the site out: "
+            f'overrides={{"{site.module_name or site.name}": None}}'
+        )
+
+    def reduce(self, matrix: Tensor) -> Tensor:
+        """Sum over each unit: `[outputs, inputs]` -> `[r, c]`.
+
+        Not a copy where a unit is one element.
+        """
+        if self.is_element:
+            return matrix
+        rows, cols = self.rows or matrix.shape[0], self.cols or matrix.shape[1]
+        blocks = matrix.unflatten(0, (-1, rows)).unflatten(2, (-1, cols))
+        return blocks.sum((1, 3))
+
+    def expand(self, units: Tensor, height: int, width: int) -> Tensor:
+        """Repeat each unit's value over its weights: `[r, c]` -> `[height, width]`.
+
+        Not a copy where a unit is one element.
+        """
+        if self.is_element:
+            return units
+        r, c = units.shape
+        blocks = units[:, None, :, None].expand(r, height // r, c, width // c)
+        return blocks.reshape(height, width)
+
+
+def parse(value: object) -> Granularity:
+    """Read the user's word for a granularity: a name, or (rows, cols) of a block.
+
+    Raises:
+        TypeError: if `value` is neither a name nor two whole numbers.
+        ValueError: if the name is unknown or a size is below 1.
+    """
+    if isinstance(value, Granularity):
+        return value
+    names = ", ".join(f'"{name}"' for name in NAMED)
+    if isinstance(value, str):
+        if value not in NAMED:
+            raise ValueError(
+                f'granularity "{value}" is unknown. Use {names}, '
+                "or the (rows, cols) of a block, such as (32, 32)."
+            )
+        return Granularity(*NAMED[value])
+    sizes: list[object] = list(value) if isinstance(value, Sequence) else []
+    whole = [size for size in sizes if isinstance(size, int) and not isinstance(size, bool)]
+    if len(sizes) != 2 or len(whole) != 2:
+        raise TypeError(
+            f"granularity must be {names}, or the (rows, cols) of a block as two whole numbers; "
+            f"found {value!r}."
+        )
+    if min(whole) < 1:
+        raise ValueError(f"a block needs at least 1 row and 1 column; found {value!r}.")
+    return Granularity(*whole)
+
+
+def matrix_shape(site: Site) -> tuple[int, int]:
+    """(outputs, inputs) of the weight of `site`; inputs are all dimensions but the outputs'."""
+    outputs = site.shape[site.out_dim]
+    inputs = 1
+    for dim, size in enumerate(site.shape):
+        inputs *= 1 if dim == site.out_dim else size
+    return outputs, inputs
+
+
+def to_matrix(weight: Tensor, out_dim: int) -> Tensor:
+    """View a weight of any rank as `[outputs, inputs]`; copies only above rank 2."""
+    if weight.dim() == 2:
+        return weight if out_dim == 0 else weight.t()
+    return weight.movedim(out_dim, 0).reshape(weight.shape[out_dim], -1)
+
+
+def from_matrix(matrix: Tensor, shape: Sequence[int], out_dim: int) -> Tensor:
+    """The way back of `to_matrix`: `[outputs, inputs]` -> `shape`, as a view where possible."""
+    if len(shape) == 2:
+        return matrix if out_dim == 0 else matrix.t()
+    rest = [size for dim, size in enumerate(shape) if dim != out_dim]
+    return matrix.reshape(torch.Size([matrix.shape[0], *rest])).movedim(0, out_dim)

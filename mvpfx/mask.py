@@ -1,0 +1,277 @@
+"""Mask: the module that stands between one weight and the matmuls that read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, Self, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from mvpfx.config import Rule
+from mvpfx.criterion import Criterion, find
+from mvpfx.granularity import from_matrix, to_matrix
+from mvpfx.ranking import Ranking
+from mvpfx.schedule import Schedule
+from mvpfx.site import Site
+from mvpfx.torch_private import is_fake
+
+MASKABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes of weights that can be masked."""
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _outside_graphs(function: _F) -> _F:
+    """Have `torch.compile` call `function` instead of tracing it: its cache lives in Python."""
+    return cast("_F", torch.compiler.disable(function))
+
+
+class Mask(nn.Module):
+    """Scores, targets and schedule of one site; calling it masks the weight.
+
+    Only `scores` is part of the state dict, and only where the criterion stores them. The weight
+    itself is known to the mask but belongs to the model.
+
+    Shapes: the weight has any rank; as a matrix it is `[outputs, inputs]`, and `[r, c]` is the
+    number of units along these.
+
+    Args:
+        site: whose weight this is.
+        weight: the parameter, with values.
+        rule: how to prune it.
+
+    Attributes:
+        scores: float32 `[r, c]` whatever the dtype of the weight; None where not stored.
+        granularity: of the scores.
+        ranking: the masks it competes with; by default itself alone.
+        density: fraction of units to keep now; None where the criterion has no such target.
+        threshold: cutoff of `sigmoid(scores)` now; 0 where the criterion has none.
+        penalty_lambda: factor of the penalty now.
+        step: optimizer steps the scheduler has counted.
+
+    Raises:
+        TypeError: if the weight's dtype is none of `MASKABLE`.
+        ValueError: if it is on the meta device, holds NaN, or its units do not tile it.
+    """
+
+    scores: Tensor | None
+
+    def __init__(self, site: Site, weight: nn.Parameter, rule: Rule) -> None:
+        super().__init__()
+        check_weight(site, weight)
+        rule.granularity.check(site)
+        self.site = site
+        self.rule = rule
+        self.granularity = rule.granularity
+        self.ranking = Ranking([self])
+        self._cache: tuple[Hashable, Tensor, Tensor] | None = None
+        self._hold(weight)
+        self.plan = None
+        self.register_buffer("scores", None)
+        with torch.no_grad(), torch.inference_mode(False):
+            scores = self.criterion.initial(self)
+        if scores is not None:
+            learned = self.criterion.stored == "parameter"
+            self.scores = nn.Parameter(scores) if learned else scores
+
+    @property
+    def criterion(self) -> Criterion:
+        """The rule's criterion."""
+        return find(self.rule.criterion)
+
+    @property
+    def plan(self) -> Schedule | None:
+        """The schedule; setting it puts the mask where the schedule starts."""
+        return self._plan
+
+    @plan.setter
+    def plan(self, schedule: Schedule | None) -> None:
+        self._plan = schedule
+        self._set_targets(0, schedule.start if schedule else lambda initial, final: initial)
+
+    def plan_text(self) -> str:
+        """The plan for people: the schedule, what it moves, and between which values."""
+        plan = self._plan
+        if plan is None:
+            return "no schedule"
+        first = self.criterion.targets(self.rule, plan.start)
+        last = self.criterion.targets(self.rule, lambda initial, final: final)
+        if last.density is not None:
+            return f"{plan.name}: density {first.density:.4g} to {last.density:.4g}"
+        return f"{plan.name}: threshold {first.threshold:.4g} to {last.threshold:.4g}"
+
+    def set_step(self, step: int, total_steps: int) -> None:
+        """Move density, threshold and penalty to where the schedule has them after `step` steps.
+
+        Raises:
+            ValueError: if the mask has no plan, or the plan does not fit into `total_steps`.
+        """
+        plan = self._plan
+        if plan is None:
+            raise ValueError(f"the mask of {self.site.name} has no schedule. Set its plan first.")
+        self._set_targets(step, lambda initial, final: plan(step, total_steps, initial, final))
+
+    def _set_targets(self, step: int, progress: Callable[[float, float], float]) -> None:
+        targets = self.criterion.targets(self.rule, progress)
+        self.density, self.threshold = targets.density, targets.threshold
+        self.penalty_lambda, self.step = targets.penalty_lambda, step
+        self.forget()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The masked weight, in shape, dtype and device of `weight`.
+
+        Raises:
+            ValueError: if the scores, or the weights they come from, hold NaN.
+        """
+        if isinstance(weight, nn.Parameter) and not is_fake(weight):
+            self._hold(weight)
+        return self.criterion.apply(self, weight)
+
+    def kept(self) -> Tensor:
+        """Which units stay, bool `[r, c]`.
+
+        Raises:
+            ValueError: if the scores, or the weights they come from, hold NaN.
+        """
+        return self._current()[0]
+
+    def mask(self) -> Tensor:
+        """Which weights stay, bool, of the weight's shape.
+
+        Raises:
+            ValueError: if the scores, or the weights they come from, hold NaN.
+        """
+        return self._current()[1]
+
+    @property
+    def density_now(self) -> float:
+        """Fraction of units that are kept, counted."""
+        kept = self.kept()
+        return int(kept.sum()) / kept.numel()
+
+    def magnitude(self) -> Tensor:
+        """Mean `abs(W)` of each unit, float32 `[r, c]`, detached."""
+        weight = to_matrix(self._weight.detach(), self.site.out_dim)
+        rows, cols = self.granularity.block(self.site)
+        total = self.granularity.reduce(weight.float().abs()).contiguous()
+        return total if rows * cols == 1 else total.div_(rows * cols)
+
+    def require_scores(self) -> Tensor:
+        """The scores, where the criterion stores them."""
+        assert self.scores is not None, f"{self.rule.criterion} stores no scores"
+        return self.scores
+
+    def check_finite(self, values: Tensor) -> None:
+        """Make sure that scores or weights are no NaN.
+
+        Raises:
+            ValueError: if one is; the message names the site.
+        """
+        count = count_nan(values)
+        if not count:
+            return
+        what = "weights" if self.scores is None else "scores"
+        raise ValueError(
+            f"{self.site.name} has {count} NaN among the {values.numel()} {what} that decide its "
+            "mask. Training has diverged: lower lr or score_lr, clip the gradients, "
+            "or go back to an earlier checkpoint."
+        )
+
+    def own_state(self) -> Hashable:
+        """What this mask depends on, to be compared: changes where scores, weight or targets do."""
+        source = self._weight if self.scores is None else self.scores
+        if is_fake(source) or source.is_inference():
+            return object()
+        version = (source.data_ptr(), source._version, source.device)
+        return (*version, self.density, self.threshold)
+
+    def forget(self) -> None:
+        """Compute the mask anew at the next use.
+
+        Writing to scores or weights does this by itself, unless it is done through `.data`.
+        """
+        self._cache = None
+        self.ranking.forget()
+
+    def train(self, mode: bool = True) -> Self:
+        """As for any module; also computes the mask anew."""
+        self.forget()
+        return super().train(mode)
+
+    @_outside_graphs
+    def _current(self) -> tuple[Tensor, Tensor]:
+        """Units and weights that stay, from the cache where nothing has changed."""
+        key = self.ranking.state()
+        if self._cache is None or self._cache[0] != key:
+            with torch.no_grad(), torch.inference_mode(False):
+                if self.scores is not None:
+                    self.check_finite(self.scores.detach())
+                kept = self.criterion.kept(self)
+                height, width = to_matrix(self._weight, self.site.out_dim).shape
+                matrix = self.granularity.expand(kept, height, width)
+                mask = from_matrix(matrix, self.site.shape, self.site.out_dim).contiguous()
+            self._cache = (key, kept, mask)
+        return self._cache[1], self._cache[2]
+
+    def _hold(self, weight: nn.Parameter) -> None:
+        """Know the weight without owning it: not as a parameter of this module."""
+        self.__dict__["_weight"] = weight
+
+    _weight: nn.Parameter
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the scores as the model moves, but keep their float32 values."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        self.forget()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the cache, which a copy computes for itself."""
+        return {**self.__dict__, "_cache": None}
+
+    def extra_repr(self) -> str:
+        """Site, criterion and target, as `print(model)` shows them."""
+        target = f"threshold={self.threshold:.4g}" if self.density is None else ""
+        return f"{self.site.name}, {self.rule.criterion}, {target or f'density={self.density:.4g}'}"
+
+
+def check_weight(site: Site, weight: Tensor) -> None:
+    """Make sure that a weight can be pruned: floating point, with values, none of them NaN.
+
+    Raises:
+        TypeError: if its dtype cannot be masked.
+        ValueError: if it is on the meta device or holds NaN.
+    """
+    left_out = f'overrides={{"{site.module_name or site.name}": None}}'
+    if weight.dtype not in MASKABLE:
+        needed = ", ".join(str(dtype).removeprefix("torch.") for dtype in MASKABLE)
+        found = str(weight.dtype).removeprefix("torch.")
+        raise TypeError(
+            f"{site.name} holds {found} values, and a mask needs one of {needed}. "
+            f"Prune before quantising, or leave the site out: {left_out}"
+        )
+    if weight.device.type == "meta":
+        raise ValueError(
+            f"{site.name} is on the meta device and has no values to prune. "
+            "Load the model's weights first, then call prepare."
+        )
+    count = count_nan(weight)
+    if count:
+        raise ValueError(
+            f"{site.name} has {count} NaN among its {weight.numel()} weights. "
+            f"Load sound weights before calling prepare, or leave the site out: {left_out}"
+        )
+
+
+@torch.no_grad()
+def count_nan(values: Tensor) -> int:
+    """How many of `values` are NaN: one sum where none is. Fake tensors have none."""
+    if is_fake(values) or not torch.isnan(values.sum()):
+        return 0
+    return int(torch.isnan(values).sum())

@@ -1,0 +1,136 @@
+"""Rankings: exact top-v over the units of one mask, or of a pool of masks."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mvpfx.torch_private import is_fake
+
+if TYPE_CHECKING:
+    from mvpfx.mask import Mask
+
+
+class Ranking:
+    """The masks whose units are ranked together: one mask in local scope, a pool in global scope.
+
+    Exactly `round(density * units)` units stay, a unit of any size counting as one. Among units of
+    equal importance those of earlier sites stay first, and within a site those of lower flat index.
+
+    Attributes:
+        masks: the members, in order of their sites.
+    """
+
+    def __init__(self, masks: Sequence[Mask]) -> None:
+        self.masks = list(masks)
+        self._key: Hashable = None
+        self._kept: list[Tensor] = []
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"masks": self.masks, "_key": None, "_kept": []}
+
+    def forget(self) -> None:
+        """Rank anew at the next use."""
+        self._key, self._kept = None, []
+
+    def state(self) -> Hashable:
+        """What the ranking depends on, to be compared: equal states have equal masks."""
+        return tuple(mask.own_state() for mask in self.masks)
+
+    def kept(self, mask: Mask) -> Tensor:
+        """Which units of `mask` stay, bool `[r, c]`.
+
+        Raises:
+            ValueError: if a member has NaN scores, or the members' densities differ.
+        """
+        key = self.state()
+        if key != self._key or not self._kept:
+            self._kept = self._select()
+            self._key = key
+        return self._kept[next(i for i, member in enumerate(self.masks) if member is mask)]
+
+    def _select(self) -> list[Tensor]:
+        first = self.masks[0]
+        density = first.density
+        for mask in self.masks:
+            if mask.density != density:
+                raise ValueError(
+                    f"{mask.site.name} has density {mask.density} and {first.site.name} has "
+                    f"{density}, but they are ranked together. Set the density of all masks of a "
+                    "pool, or use SparsityScheduler, which does."
+                )
+        importances = [mask.criterion.importance(mask) for mask in self.masks]
+        for mask, importance in zip(self.masks, importances, strict=True):
+            mask.check_finite(importance)
+        units = sum(importance.numel() for importance in importances)
+        return top_v(importances, round((1.0 if density is None else density) * units))
+
+
+def rank_together(masks: Iterable[Mask]) -> list[Ranking]:
+    """Give each mask its ranking, and return the rankings; forgets those they were in before.
+
+    Masks of global scope that share criterion and density are ranked together; all others alone.
+
+    Args:
+        masks: all masks of a model, in order of their sites.
+    """
+    pools: dict[Hashable, list[Mask]] = {}
+    for mask in masks:
+        rule = mask.rule
+        together = rule.scope == "global" and mask.criterion.pooled
+        key = (rule.criterion, rule.density) if together else id(mask)
+        pools.setdefault(key, []).append(mask)
+    rankings = [Ranking(members) for members in pools.values()]
+    for ranking in rankings:
+        for mask in ranking.masks:
+            mask.ranking = ranking
+    return rankings
+
+
+def top_v(scores: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Mark the `count` greatest of all scores; ties go to earlier tensors, then lower flat index.
+
+    Top_v of Sanh et al. 2020, Eq. 1, made exact: nothing is sorted, the cut is selected, and only
+    the scores equal to it are counted out.
+
+    >>> top_v([torch.tensor([2.0, 1.0]), torch.tensor([[1.0, 1.0]])], 2)
+    [tensor([ True,  True]), tensor([[False, False]])]
+
+    Args:
+        scores: float tensors of any shape, without NaN.
+        count: how many to mark, from 0 to the number of all scores.
+
+    Returns:
+        A bool tensor for each of `scores`, of its shape and device.
+    """
+    total = sum(part.numel() for part in scores)
+    if count >= total or count <= 0:
+        return [torch.full_like(part, count > 0, dtype=torch.bool) for part in scores]
+    cut = _value_at(scores, count)
+    above = [part > cut.to(part.device) for part in scores]
+    room = torch.tensor(count, device=cut.device)
+    for greater in above:
+        room = room - greater.sum().to(cut.device)
+    kept: list[Tensor] = []
+    for part, greater in zip(scores, above, strict=True):
+        tied = (part == cut.to(part.device)).flatten()
+        before = tied.cumsum(0, dtype=torch.int32 if tied.numel() < 2**31 else torch.int64)
+        chosen = tied & (before <= room.to(part.device))
+        room = room - chosen.sum().to(room.device)
+        kept.append(greater | chosen.view(greater.shape))
+    return kept
+
+
+def _value_at(scores: Sequence[Tensor], count: int) -> Tensor:
+    """The `count`-th greatest of all scores, as a scalar tensor on the first one's device."""
+    device = scores[0].device
+    flat = torch.cat([part.flatten().to(device) for part in scores])
+    position = flat.numel() - count
+    if device.type == "cpu" and flat.dtype == torch.float32 and not is_fake(flat):
+        # In place on the copy made above; ten times as fast as kthvalue on a CPU.
+        flat.numpy().partition(position)
+        return flat[position].clone()
+    return flat.kthvalue(position + 1).values

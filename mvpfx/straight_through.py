@@ -1,0 +1,58 @@
+"""Apply a mask to a weight, with the straight-through gradient of movement pruning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvpfx.granularity import Granularity, to_matrix
+
+
+class _StraightThrough(torch.autograd.Function):
+    """`W' = W * M`; `dW = dW' * M`; `dS = dW' * W` summed over each unit, masked or not.
+
+    Sanh et al. 2020, Eq. 2: the derivative of the mask with respect to the scores is taken as 1.
+    """
+
+    @staticmethod
+    def forward(
+        weight: Tensor, scores: Tensor, mask: Tensor, granularity: Granularity, out_dim: int
+    ) -> Tensor:
+        return weight * mask
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, _, mask, ctx.granularity, ctx.out_dim = inputs
+        needs_weight = ctx.needs_input_grad[1]
+        ctx.save_for_backward(weight if needs_weight else None, mask)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        (grad,) = grads
+        weight, mask = ctx.saved_tensors
+        weight_grad = score_grad = None
+        if ctx.needs_input_grad[0]:
+            weight_grad = grad * mask
+        if ctx.needs_input_grad[1]:
+            movement = to_matrix(grad.float() * weight.float(), ctx.out_dim)
+            score_grad = ctx.granularity.reduce(movement)
+        return weight_grad, score_grad, None, None, None
+
+
+def apply_mask(
+    weight: Tensor, scores: Tensor | None, mask: Tensor, granularity: Granularity, out_dim: int
+) -> Tensor:
+    """The masked weight, in shape and dtype of `weight`.
+
+    Args:
+        weight: the parameter.
+        scores: `[r, c]` float32, to receive straight-through gradients; None for none.
+        mask: bool, of the weight's shape; True = kept.
+        granularity: of the scores.
+        out_dim: which dimension of the weight holds the output features.
+    """
+    if scores is None or not torch.is_grad_enabled():
+        return weight * mask
+    return _StraightThrough.apply(weight, scores, mask, granularity, out_dim)  # pyright: ignore[reportReturnType]
