@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,10 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from mvpfx.comparison import Comparison
 from mvpfx.pipeline import Decision, Record
 from mvpfx.program import Program
+from mvpfx.region import region_of
 from mvpfx.state import State, state_of
 from mvpfx.storage import SparseLinear
 
@@ -77,6 +79,25 @@ class Report:
         return [decision for record in self.records for decision in record.decisions]
 
 
+def make_report(
+    program: Program, records: list[Record], comparison: Comparison | None, version: str
+) -> Report:
+    """Return the report of a converted model.
+
+    Args:
+        program: after all passes.
+        records: of all passes.
+        comparison: with the masked model, None where there were no example inputs.
+        version: which of the compared versions was taken; "dense" is the one before.
+    """
+    report = Report(records, make_rows(program))
+    if comparison is not None:
+        report.max_difference = comparison.difference
+        report.latency_before_ms = comparison.latency["dense"].median_ms
+        report.latency_after_ms = comparison.latency[version].median_ms
+    return report
+
+
 def make_rows(program: Program) -> list[Row]:
     """Return one row a site of a program that went through the passes of convert."""
     rows: list[Row] = []
@@ -137,7 +158,7 @@ def explain(model: nn.Module) -> str:
     state = state_of(model)
     report = state.report
     decisions = report.decisions if report is not None else _decisions(state.records)
-    lines = [decisions_text([*decisions, *state.late])]
+    lines = [decisions_text([*decisions, *state.late, *_declined_calls(model, state)])]
     if report is not None:
         lines += _outcome(report)
     return "\n".join(line for line in lines if line)
@@ -214,6 +235,14 @@ def _outcome(report: Report) -> list[str]:
         before, after = report.latency_before_ms, report.latency_after_ms
         lines.append(f"Latency: {before:.2f} ms -> {after:.2f} ms ({before / after:.2f}x)")
     return lines
+
+
+def _declined_calls(model: nn.Module, state: State) -> Iterator[Decision]:
+    """Calls of regions that ran the module's own forward instead of a graph."""
+    for name in state.regions:
+        region = region_of(model.get_submodule(name))
+        for reason, calls in (region.declined if region is not None else {}).items():
+            yield Decision(name, "capture", False, f"{reason} ({calls} calls ran its own forward)")
 
 
 def _decisions(records: Iterable[Record]) -> list[Decision]:

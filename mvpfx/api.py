@@ -1,0 +1,254 @@
+"""The public verbs: the only module that knows both the nouns and the passes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import fx, nn
+
+from mvpfx.comparison import compare_models
+from mvpfx.config import PruningConfig, Rule
+from mvpfx.facts import SPARSE
+from mvpfx.hf import is_pretrained
+from mvpfx.mask import Mask
+from mvpfx.passes.capture import Capture
+from mvpfx.passes.choose_storage import ChooseStorage
+from mvpfx.passes.find_sites import FindSites, graph_sites
+from mvpfx.passes.fold_masks import FoldMasks
+from mvpfx.passes.insert_masks import InsertMasks, mask_name
+from mvpfx.passes.lower_matmuls import LowerMatmuls
+from mvpfx.passes.propagate_layout import PropagateLayout
+from mvpfx.passes.schedule_density import ScheduleDensity
+from mvpfx.passes.shrink_dims import ShrinkDims
+from mvpfx.patterns import specificity
+from mvpfx.pipeline import run
+from mvpfx.program import Program, copy_graph, full_name, parent_name
+from mvpfx.region import Region, make_region, region_modules, region_of
+from mvpfx.report import make_report
+from mvpfx.site import Site
+from mvpfx.state import State, attach_state, detach_state, find_state, state_of
+from mvpfx.swap import drop_runtimes, original_class, restore, swap_class
+from mvpfx.variant import resolve
+from mvpfx.weights import weight_owners
+
+
+def prepare(
+    model: nn.Module, config: PruningConfig | None = None, *, example_inputs: Any = None
+) -> nn.Module:
+    """Make `model` prunable, in place: scores and a mask for each site, graphs for its regions.
+
+    Nothing else of the model changes: parameters, their names and order, its class for
+    `isinstance`, its forward. Graphs are captured when a region is first called.
+
+    Args:
+        model: any module. In a transformers model the matmuls inside the base model's repeated
+            blocks become sites, in any other every weight that feeds a matmul.
+        config: what to prune and how; `PruningConfig()` where it is None.
+        example_inputs: one batch (a tensor, a tuple, or a dict of keyword arguments). Needed to
+            find functional matmuls on parameters before the optimizer is built.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: the model has no site, was prepared before, an override matches nothing or
+            collides, a block does not tile a weight, a weight is no floating tensor with data,
+            or the example inputs do not fit.
+    """
+    config = PruningConfig() if config is None else config
+    kind = original_class(model).__name__
+    if find_state(model) is not None:
+        raise ValueError(
+            f"{kind} is prepared or converted already. Prepare a model once; to start again with "
+            "another configuration, load the model anew."
+        )
+    passes = (
+        Capture(example_inputs),
+        FindSites(config),
+        InsertMasks(),
+        ScheduleDensity(config.schedule),
+    )
+    program, records = run(passes, Program(model))
+    state = State(
+        config=config,
+        sites=dict(program.sites),
+        seen={d.site for r in records if r.name == FindSites.name for d in r.decisions},
+        default_everywhere=not is_pretrained(model),
+        records=records,
+    )
+    attach_state(model, state)
+    _install(model, program, state, lazy=example_inputs is None)
+    return model
+
+
+def convert(model: nn.Module, *, example_inputs: Any = None, lowering: str = "auto") -> nn.Module:
+    """Lower a model with zeros in its weights to the smallest, fastest one that computes the same.
+
+    Masks are folded, dead channels and heads removed, and each weight gets the storage that is
+    fastest. The result is a plain module that runs without graphs, in eval mode; `model` is left as
+    it was. With example inputs the outputs of both are compared.
+
+    Args:
+        model: prepared by `prepare`, or any model with zeros in its weights.
+        example_inputs: one batch, as `model` is called with. Storages are measured on it. Without
+            it they come from a break-even table, and only a prepared model that was called before
+            has graphs in which dead channels can be found.
+        lowering: "auto" takes the fastest; "dense", "csr" or "bsr" is taken wherever it can be.
+
+    Returns:
+        A new model. `sparsity_table` and `explain` say what was done to it.
+
+    Raises:
+        ValueError: the example inputs do not fit, or the lowering is unknown.
+        RuntimeError: the outputs differ by more than `TOLERANCE` allows; nothing is returned.
+    """
+    choose = ChooseStorage(lowering)
+    source = copy.deepcopy(model).eval()
+    drop_runtimes(source)
+    known = {} if example_inputs is not None else _captured(model)
+    folding = (Capture(example_inputs), FindSites(), InsertMasks(), FoldMasks())
+    folded, records = run(folding, Program(source, graphs=known))
+    shrunk, shrinking = run((ShrinkDims(),), folded)
+    chosen, lowerings = run((choose, PropagateLayout(), LowerMatmuls()), shrunk)
+    small, comparison, name = _plain(chosen), None, "converted"
+    if example_inputs is not None:
+        versions = {"dense": _plain(folded), name: small}
+        instead = chosen
+        if lowering == "auto" and any(s in SPARSE for s in chosen.storages.values()):
+            dense = ChooseStorage("dense")
+            instead, without_sparse = run((dense, PropagateLayout(), LowerMatmuls()), shrunk)
+            versions["reduced"] = _plain(instead)
+        comparison = compare_models(source, versions, example_inputs)
+        if comparison.fastest(*(v for v in versions if v != "dense")) == "reduced":
+            name, chosen, small, lowerings = "reduced", instead, versions["reduced"], without_sparse
+    records = [*records, *shrinking, *lowerings]
+    report = make_report(chosen, records, comparison, name)
+    attach_state(small, State(records=records, report=report, graphs=chosen.graphs))
+    return small
+
+
+def _plain(program: Program) -> nn.Module:
+    """The model of a program, with its overlay written in and nothing of ours but the storages."""
+    model = copy.deepcopy(program.model)
+    restore(model)
+    detach_state(model)
+    return program.build(model).eval()
+
+
+def _captured(model: nn.Module) -> dict[str, fx.Graph]:
+    """What the regions of a prepared model have captured so far; nothing for any other."""
+    state = find_state(model)
+    regions = {} if state is None else {n: region_of(model.get_submodule(n)) for n in state.regions}
+    graphs = {name: region.graphs() for name, region in regions.items() if region is not None}
+    return {name: copy_graph(captured[0]) for name, captured in graphs.items() if captured}
+
+
+def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
+    """The captured graphs of a prepared or converted model, to look at.
+
+    Returns:
+        Region name -> `fx.GraphModule`. A prepared model shows what it has captured so far: a
+        region appears after its first call.
+
+    Raises:
+        ValueError: the model is neither prepared nor converted.
+    """
+    state = state_of(model)
+    if state.report is not None:
+        return {n: _graph_module(model, n, graph) for n, graph in state.graphs.items()}
+    found: dict[str, fx.GraphModule] = {}
+    for name in state.regions:
+        region = region_of(model.get_submodule(name))
+        captured = region.graphs() if region is not None else []
+        if captured:
+            found[name] = _graph_module(model, name, captured[-1])
+    return found
+
+
+def _install(model: nn.Module, program: Program, state: State, lazy: bool) -> None:
+    """Write masks, masked classes and regions into the model."""
+    owners: set[str] = set()
+    for name, site in program.sites.items():
+        owners |= set(_attach(model, site, program.modules[mask_name(name)]))
+    if lazy and state.default_everywhere:
+        owners |= set(weight_owners(model))
+    for name, module in region_modules(model, owners):
+        make_region(module, Region(name, rewrite_region, state))
+        state.regions.append(name)
+
+
+def _attach(model: nn.Module, site: Site, mask: nn.Module | None) -> Iterator[str]:
+    """Register a mask beside its weight and let tied layers read it too; yields their names.
+
+    An embedding tied to a matmul's weight keeps reading the raw one.
+    """
+    assert mask is not None
+    for name in (site.name, *site.aliases):
+        owner = model.get_submodule(parent_name(name))
+        leaf = name.rpartition(".")[2]
+        if name == site.name:
+            owner.add_module(mask_name(leaf), mask)
+        else:
+            owner.__dict__[mask_name(leaf)] = mask
+        if name == site.name or not isinstance(owner, nn.Embedding):
+            swap_class(owner, masked=(leaf,))
+            yield parent_name(name)
+
+
+def rewrite_region(module: nn.Module, region: Region, graph: fx.Graph) -> fx.Graph:
+    """Put masks into a graph that was recorded at a region's first call of its kind.
+
+    Raises:
+        ValueError: the graph shows a site that had no scores when the optimizer was built.
+    """
+    program = Program(module, graphs={"": graph}, regions=[""])
+    state: State = region.state
+    assert state.config is not None
+    for site in graph_sites(program, "", graph):
+        names = {full_name(region.name, name) for name in (site.name, *site.aliases)}
+        if names & state.seen or not state.default_everywhere:
+            continue
+        named = replace(site, name=full_name(region.name, site.name), aliases=())
+        rule = _late_rule(state, named)
+        state.seen |= names
+        if rule is not None:
+            program.sites[site.name], program.rules[site.name] = site, rule
+            state.sites[named.name] = named
+    late = (ScheduleDensity(state.config.schedule),) if program.sites else ()
+    result, records = run((InsertMasks(), *late), program)
+    for site in program.sites.values():
+        mask = result.modules[mask_name(site.name)]
+        assert isinstance(mask, Mask)
+        mask.site = state.sites[full_name(region.name, site.name)]
+        tuple(_attach(module, site, mask))
+    decisions = (decision for record in records for decision in record.decisions)
+    state.late += [replace(d, site=full_name(region.name, d.site)) for d in decisions]
+    return result.graphs[""]
+
+
+def _late_rule(state: State, site: Site) -> Rule | None:
+    """The rule of a site that no layer type told of, or None where it is to be left alone."""
+    assert state.config is not None
+    fitting = {p: c for p, c in state.config.overrides.items() if specificity(p, site) is not None}
+    rule = replace(state.config, overrides=fitting).rules([site], [site.name]).get(site.name)
+    if rule is not None and state.optimizer_built:
+        raise ValueError(
+            f"{site.name} feeds a matmul, but had no scores when the optimizer was built. "
+            "Pass example_inputs= to mvpfx.prepare, call the prepared model once before "
+            f'mvpfx.parameter_groups, or leave it alone: overrides={{"{site.name}": None}}.'
+        )
+    return rule
+
+
+def _graph_module(model: nn.Module, region: str, graph: fx.Graph) -> fx.GraphModule:
+    """A graph with what it reads, raw: attribute access on a prepared model would mask twice."""
+    module = model.get_submodule(region)
+    held: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            holder, key = resolve(module, node)
+            held[str(node.target)] = holder[key]
+    return fx.GraphModule(held, copy_graph(graph), original_class(module).__name__)

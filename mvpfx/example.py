@@ -1,0 +1,61 @@
+"""Example inputs: running a model on one batch, in the mode it will be deployed in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mvpfx.swap import original_class
+
+
+def run_example(model: nn.Module, example_inputs: Any) -> Any:
+    """Call `model` on example inputs, whichever way they are given.
+
+    Raises:
+        ValueError: the inputs do not fit the forward.
+    """
+    try:
+        if isinstance(example_inputs, Mapping):
+            return model(**cast("Mapping[str, Any]", example_inputs))
+        if isinstance(example_inputs, (tuple, list)):
+            return model(*cast("tuple[Any, ...]", example_inputs))
+        return model(example_inputs)
+    except Exception as error:
+        kind = original_class(model).__name__
+        given = describe(example_inputs)
+        raise ValueError(
+            f"example_inputs do not fit {kind}.forward: {type(error).__name__}: {error}. "
+            f"Found {given}; needed what the model is called with: "
+            "a tensor, a tuple of positional arguments, or a dict of keyword arguments."
+        ) from error
+
+
+def describe(example_inputs: Any) -> str:
+    """Short text of example inputs: names and shapes."""
+    if isinstance(example_inputs, Mapping):
+        items = cast("Mapping[str, Any]", example_inputs).items()
+        return ", ".join(f"{key}={_shape(value)}" for key, value in items) or "nothing"
+    if isinstance(example_inputs, (tuple, list)):
+        return ", ".join(_shape(value) for value in cast("tuple[Any, ...]", example_inputs))
+    return _shape(example_inputs)
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own mode is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

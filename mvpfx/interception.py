@@ -1,0 +1,162 @@
+"""What is patched while a region is recorded, and what the recorded forward must not change."""
+
+from __future__ import annotations
+
+import random
+import threading
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from torch.utils import checkpoint
+
+from mvpfx.hf import AttentionIsLeaf
+from mvpfx.leaves import autograd_leaf, is_leaf_module
+from mvpfx.recording import NotCapturable
+
+if TYPE_CHECKING:
+    from mvpfx.recorder import Recorder
+
+_one_at_a_time = threading.RLock()
+_thread = threading.local()
+
+
+def is_capturing() -> bool:
+    """Whether this thread is recording; parameters then read raw, without their mask."""
+    return bool(getattr(_thread, "depth", 0))
+
+
+class Capturing:
+    """While entered, this thread's reads of a masked parameter give the raw one."""
+
+    def __enter__(self) -> None:
+        _thread.depth = getattr(_thread, "depth", 0) + 1
+
+    def __exit__(self, *error: object) -> None:
+        _thread.depth -= 1
+
+
+class Interception:
+    """While entered, calls of modules, attention and `autograd.Function` go to the recorder.
+
+    The patches are global, so recordings take turns; other threads see the originals.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.stack = ExitStack()
+
+    def __enter__(self) -> None:
+        recorder, owner = self.recorder, threading.get_ident()
+        self.stack.enter_context(_one_at_a_time)
+        self.stack.enter_context(Capturing())
+
+        def mine() -> bool:
+            return threading.get_ident() == owner and not recorder.paused
+
+        call_module = nn.Module.__call__
+
+        def module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            name = recorder.module_names.get(id(module))
+            if not mine() or name is None:
+                return call_module(module, *args, **kwargs)
+            recorder.path.append(name)
+            try:
+                if is_leaf_module(module):
+                    return recorder.leaf_module(module, args, kwargs)
+                return call_module(module, *args, **kwargs)
+            finally:
+                recorder.path.pop()
+
+        base_apply = cast("Any", torch.autograd.Function.apply).__func__
+
+        def function_apply(function: Any, *args: Any, **kwargs: Any) -> Any:
+            if not mine():
+                return base_apply(function, *args, **kwargs)
+            return recorder.leaf(autograd_leaf(function), args, kwargs)
+
+        run_checkpoint = checkpoint.checkpoint
+
+        def no_checkpoint(*args: Any, **kwargs: Any) -> Any:
+            if not mine():
+                return run_checkpoint(*args, **kwargs)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+            raise NotCapturable("activation checkpointing inside the region")
+
+        self._patch(nn.Module, "__call__", module_call)
+        self._patch(torch.autograd.Function, "apply", classmethod(function_apply))
+        self._patch(checkpoint, "checkpoint", no_checkpoint)
+
+        def leaf_call(leaf: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return recorder.leaf(leaf, args, kwargs) if mine() else leaf(*args, **kwargs)
+
+        self.stack.enter_context(AttentionIsLeaf(leaf_call))
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+    def _patch(self, owner: Any, name: str, value: Any) -> None:
+        own = name in vars(owner)
+        original = vars(owner).get(name)
+        setattr(owner, name, value)
+        self.stack.callback(lambda: setattr(owner, name, original) if own else delattr(owner, name))
+
+
+class SideEffects:
+    """A snapshot of the Python state a recorded forward could change."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.random_state = random.getstate()
+        self.entries = [
+            (type(part).__name__, dictionary, dict(dictionary))
+            for part in module.modules()
+            for dictionary in (
+                part.__dict__,
+                cast("dict[str, Any]", part.__dict__["_buffers"]),
+                cast("dict[str, Any]", part.__dict__["_parameters"]),
+            )
+        ]
+        self.containers = [
+            (f"{kind}.{key}", cast("Any", value), _copied(value))
+            for kind, dictionary, _ in self.entries
+            for key, value in dictionary.items()
+            if not key.startswith("_") and type(value) in (list, dict, set)
+        ]
+
+    def restore(self) -> list[str]:
+        """Undo what changed; the names of what did."""
+        changed: list[str] = []
+        if random.getstate() != self.random_state:
+            random.setstate(self.random_state)
+            changed.append("Python's random generator")
+        for kind, dictionary, before in self.entries:
+            for key in set(dictionary) | set(before):
+                if dictionary.get(key) is before.get(key) and (key in dictionary) == (
+                    key in before
+                ):
+                    continue
+                changed.append(f"{kind}.{key}")
+                if key in before:
+                    dictionary[key] = before[key]
+                else:
+                    del dictionary[key]
+        for name, container, before in self.containers:
+            if _differs(container, before):
+                changed.append(name)
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(before)
+        return changed
+
+
+def _copied(value: Any) -> Any:
+    return value.copy()
+
+
+def _differs(container: Any, before: Any) -> bool:
+    if len(container) != len(before):
+        return True
+    if isinstance(container, dict):
+        return any(k not in before or v is not before[k] for k, v in container.items())
+    if isinstance(container, set):
+        return container != before
+    return any(a is not b for a, b in zip(container, before, strict=True))

@@ -1,0 +1,107 @@
+"""Calls that are recorded as one node instead of being looked into.
+
+A leaf names the callable, the role it plays for the passes, and its fake rule: what comes out, in
+shape and dtype, when it is met with fake tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mvpfx.torch_private import grouped_mm
+
+FakeRule = Callable[..., Any]
+
+
+class Leaf:
+    """A callable that is one node in a graph.
+
+    Attributes:
+        function: what runs.
+        name: its name, for people.
+        role: "attention" for (module, q, k, v, mask, ...) -> (out [B, S, H, D], weights or None),
+            "autograd" for the `apply` of an `autograd.Function`.
+        fake: the fake rule; `function` itself where it is None.
+    """
+
+    def __init__(self, function: Callable[..., Any], role: str, fake: FakeRule | None = None):
+        self.function = function
+        self.name = str(getattr(function, "__name__", type(function).__name__))
+        self.role = role
+        self.fake = fake or function
+        self.__name__ = self.name
+        self.__qualname__ = self.name
+        self.__module__ = "mvpfx.leaves"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"Leaf({self.role} {self.name})"
+
+
+_attention: dict[Callable[..., Any], Leaf] = {}
+_autograd: dict[type, Leaf] = {}
+
+
+def attention_leaf(function: Callable[..., Any]) -> Leaf:
+    """The leaf of one attention function; the same object each time it is asked for."""
+    if function not in _attention:
+        name = getattr(function, "__name__", "")
+        known = name in ("sdpa_attention_forward", "eager_attention_forward")
+        _attention[function] = Leaf(function, "attention", _fake_attention(name) if known else None)
+    return _attention[function]
+
+
+def _fake_attention(name: str) -> FakeRule:
+    def fake(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, heads, length, _width = query.shape
+        out = query.new_empty((batch, length, heads, value.shape[-1]))
+        weights = None
+        if name == "eager_attention_forward":
+            weights = query.new_empty((batch, heads, length, key.shape[2]))
+        if any(tensor.requires_grad for tensor in (query, key, value)):
+            tie = 0 * (query.sum() + key.sum() + value.sum())
+            out = out + tie
+            weights = weights + tie if weights is not None else None
+        return out, weights
+
+    return fake
+
+
+def autograd_leaf(function: type[torch.autograd.Function]) -> Leaf:
+    """The leaf of an `autograd.Function`: looked into, its backward would be lost."""
+    if function not in _autograd:
+
+        def apply(*args: Any, **kwargs: Any) -> Any:
+            return function.apply(*args, **kwargs)  # pyright: ignore[reportUnknownMemberType]
+
+        apply.__name__ = f"{function.__name__}_apply"
+        _autograd[function] = Leaf(apply, "autograd")
+    return _autograd[function]
+
+
+def _fake_grouped_mm(first: Tensor, second: Tensor, offs: Tensor | None = None, **_: Any) -> Tensor:
+    tie = (0 * (first.sum() + second.sum())).to(first.dtype)
+    return tie.expand(first.shape[0], second.shape[-1]) * 1.0
+
+
+FAKE_RULES: dict[Callable[..., Any], FakeRule] = {grouped_mm: _fake_grouped_mm}
+"""Functions recorded as they are, whose own fake kernel is stricter than the real one."""
+
+
+def is_leaf_module(module: nn.Module) -> bool:
+    """Whether a module is one node: a torch.nn layer without children and without a matmul weight."""
+    if not type(module).__module__.startswith("torch.nn.modules."):
+        return False
+    if next(module.children(), None) is not None:
+        return False
+    if isinstance(module, nn.Embedding):
+        return True
+    return all(p.dim() < 2 for p in module.parameters(recurse=False))

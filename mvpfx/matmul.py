@@ -1,0 +1,274 @@
+"""Matmuls in a graph: which nodes multiply by a weight, and how the weight reaches them."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Size, Tensor, fx
+
+from mvpfx.torch_private import grouped_mm, linear, size_hint
+
+ParameterShape = Callable[[str], "tuple[int, ...] | Size | None"]
+"""The shape of the parameter a get_attr target names, None where it is no parameter."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Where a kind of call takes its operands.
+
+    Attributes:
+        kind: name of the kind.
+        left, right: positions of the two factors; a weight may be either.
+        bias: position of the bias, None where the call takes none.
+        out_dim_right, out_dim_left: the weight's dimension of output features in each place.
+        keywords: keyword names of operands passed by name.
+    """
+
+    kind: str
+    left: int
+    right: int
+    bias: int | None = None
+    out_dim_right: int = 1
+    out_dim_left: int = 0
+    keywords: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass
+class Matmul:
+    """One use of one weight.
+
+    Attributes:
+        node: the call that multiplies.
+        weight: the get_attr node of the parameter.
+        operand: what `node` reads: `weight` itself, its mask node, or the end of `chain`.
+        chain: parameter-only nodes between weight (or mask) and `node`, in order.
+        mask: the call_module node of the mask, None where there is none.
+        input: the activations; None where the call has more than one (attention).
+        bias: the get_attr node of the bias, None where there is none.
+        out_dim: the dimension of the stored weight that runs along output features.
+        kind: "linear", "addmm", "matmul", "einsum", "convolution", "attention", "grouped".
+    """
+
+    node: fx.Node
+    weight: fx.Node
+    operand: fx.Node
+    kind: str
+    out_dim: int
+    input: fx.Node | None = None
+    bias: fx.Node | None = None
+    mask: fx.Node | None = None
+    chain: list[fx.Node] = field(default_factory=list[fx.Node])
+
+
+_LINEAR = Signature(
+    "linear", 0, 1, bias=2, out_dim_right=0, keywords=(("input", 0), ("weight", 1), ("bias", 2))
+)
+_MATMUL = Signature("matmul", 0, 1, keywords=(("input", 0), ("other", 1), ("mat2", 1)))
+_RIGHT_MATMUL = Signature("matmul", 1, 0)
+_ADDMM = Signature(
+    "addmm", 1, 2, bias=0, keywords=(("input", 0), ("mat1", 1), ("mat2", 2), ("batch2", 2))
+)
+_CONVOLUTION = Signature(
+    "convolution", 0, 1, 2, 0, keywords=(("input", 0), ("weight", 1), ("bias", 2))
+)
+_TRANSPOSED = Signature(
+    "convolution", 0, 1, 2, 1, keywords=(("input", 0), ("weight", 1), ("bias", 2))
+)
+_GROUPED = Signature("grouped", 0, 1, keywords=(("input", 0), ("mat2", 1)))
+
+_SIGNATURES: dict[Any, Signature] = {
+    linear: _LINEAR,
+    F.linear: _LINEAR,
+    torch.matmul: _MATMUL,
+    torch.mm: _MATMUL,
+    torch.bmm: _MATMUL,
+    operator.matmul: _MATMUL,
+    torch.addmm: _ADDMM,
+    torch.baddbmm: _ADDMM,
+    grouped_mm: _GROUPED,
+    "matmul": _MATMUL,
+    "__matmul__": _MATMUL,
+    "__rmatmul__": _RIGHT_MATMUL,
+    "mm": _MATMUL,
+    "bmm": _MATMUL,
+    "addmm": _ADDMM,
+    "baddbmm": _ADDMM,
+}
+_SIGNATURES |= dict.fromkeys(
+    (torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d), _CONVOLUTION
+)
+_SIGNATURES |= dict.fromkeys(
+    (
+        torch.conv_transpose1d,
+        torch.conv_transpose2d,
+        torch.conv_transpose3d,
+        F.conv_transpose1d,
+        F.conv_transpose2d,
+        F.conv_transpose3d,
+    ),
+    _TRANSPOSED,
+)
+_ATTENTION_WEIGHTS = {5: "in_proj_weight", 11: "out_proj_weight"}
+_ATTENTION_KEYWORDS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+_SWAPS = ("t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute")
+
+
+def find_matmuls(graph: fx.Graph, shape_of: ParameterShape) -> list[Matmul]:
+    """Every use of a weight of two or more dimensions by a matmul, in graph order."""
+    return [found for node in graph.nodes for found in _uses(node, shape_of)]
+
+
+def _uses(node: fx.Node, shape_of: ParameterShape) -> Iterator[Matmul]:
+    if node.op not in ("call_function", "call_method"):
+        return
+    if node.target is F.multi_head_attention_forward:
+        yield from _attention_uses(node, shape_of)
+        return
+    if node.target in (torch.einsum, torch.functional.einsum):
+        yield from _einsum_uses(node, shape_of)
+        return
+    signature = _SIGNATURES.get(node.target)
+    if signature is None:
+        return
+    operands = _operands(node, signature)
+    for place, other, out_dim in (
+        (signature.right, signature.left, signature.out_dim_right),
+        (signature.left, signature.right, signature.out_dim_left),
+    ):
+        found = _weight(operands.get(place), shape_of)
+        if found is None:
+            continue
+        weight, mask, chain = found
+        bias = operands.get(signature.bias) if signature.bias is not None else None
+        yield Matmul(
+            node=node,
+            weight=weight,
+            operand=cast("fx.Node", operands[place]),
+            kind=signature.kind,
+            out_dim=_stored_dim(out_dim, weight, chain, shape_of),
+            input=operands.get(other),
+            bias=bias if bias is not None and bias.op == "get_attr" else None,
+            mask=mask,
+            chain=chain,
+        )
+
+
+def _operands(node: fx.Node, signature: Signature) -> dict[int, fx.Node]:
+    given: dict[int, Any] = dict(enumerate(node.args))
+    for name, position in signature.keywords:
+        if name in node.kwargs:
+            given[position] = node.kwargs[name]
+    return {position: value for position, value in given.items() if isinstance(value, fx.Node)}
+
+
+def _attention_uses(node: fx.Node, shape_of: ParameterShape) -> Iterator[Matmul]:
+    operands = [
+        node.args[position] if position < len(node.args) else node.kwargs.get(name)
+        for position, name in _ATTENTION_WEIGHTS.items()
+    ]
+    operands += [node.kwargs.get(name) for name in _ATTENTION_KEYWORDS]
+    for operand in operands:
+        found = _weight(operand, shape_of)
+        if found is not None:
+            weight, mask, chain = found
+            yield Matmul(
+                node, weight, cast("fx.Node", operand), "attention", 0, None, None, mask, chain
+            )
+
+
+def _einsum_uses(node: fx.Node, shape_of: ParameterShape) -> Iterator[Matmul]:
+    equation, *operands = node.args
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = list(operands[0])
+    if not isinstance(equation, str):
+        return
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    for letters, operand in zip(inputs.split(","), operands, strict=False):
+        found = _weight(operand, shape_of)
+        if found is None:
+            continue
+        weight, mask, chain = found
+        kept = [dim for dim, letter in enumerate(letters) if letter in output]
+        others = [o for o in operands if isinstance(o, fx.Node) and o is not operand]
+        yield Matmul(
+            node=node,
+            weight=weight,
+            operand=cast("fx.Node", operand),
+            kind="einsum",
+            out_dim=_stored_dim(kept[-1] if kept else 0, weight, chain, shape_of),
+            input=others[0] if len(others) == 1 else None,
+            mask=mask,
+            chain=chain,
+        )
+
+
+def _weight(
+    operand: Any, shape_of: ParameterShape
+) -> tuple[fx.Node, fx.Node | None, list[fx.Node]] | None:
+    """(parameter, mask node, chain) where `operand` is a function of one weight alone."""
+    chain: list[fx.Node] = []
+    node, mask = operand, None
+    while isinstance(node, fx.Node):
+        if node.op == "get_attr":
+            shape = shape_of(str(node.target))
+            return (node, mask, chain[::-1]) if shape is not None and len(shape) >= 2 else None
+        if node.op == "call_module" and str(node.target).endswith("_mask"):
+            mask = node
+        elif node.op in ("call_function", "call_method") and len(node.all_input_nodes) == 1:
+            chain.append(node)
+        else:
+            return None
+        node = node.all_input_nodes[0]
+    return None
+
+
+def _stored_dim(dim: int, weight: fx.Node, chain: list[fx.Node], shape_of: ParameterShape) -> int:
+    """The stored dimension that is `dim` after the chain; exact for matrices, else 0."""
+    shape = shape_of(str(weight.target))
+    assert shape is not None
+    if len(shape) != 2:
+        return dim if not chain and dim < len(shape) and len(shape) > 3 else 0
+    turns = sum(swaps(node) for node in chain)
+    return dim if turns % 2 == 0 else 1 - dim
+
+
+def swaps(node: fx.Node) -> bool:
+    """Whether a node exchanges the two dimensions of a matrix."""
+    target: Any = node.target
+    if target is getattr:
+        target = node.args[1]
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return name in _SWAPS
+
+
+def token_count(use: Matmul) -> int | None:
+    """Rows of activations that reached the matmul in the recorded call; None where unknown."""
+    value = use.input.meta.get("val") if use.input is not None else None
+    if not isinstance(value, Tensor) or use.kind == "convolution":
+        return None
+    return math.prod(size_hint(size) for size in value.shape[:-1])
+
+
+def redirect(graph: fx.Graph, use: Matmul, mask: fx.Node) -> None:
+    """Make one matmul read its weight through `mask`; other users of the weight keep the raw one."""
+    source: fx.Node = mask
+    if all(len(link.users) == 1 for link in use.chain) and use.chain:
+        use.chain[0].replace_input_with(use.weight, mask)
+        return
+    for link in use.chain:
+        before = link.all_input_nodes[0]
+        with graph.inserting_before(use.node):
+            copied = graph.node_copy(link, _replacer(before, source))
+        copied.meta = dict(link.meta)
+        source = copied
+    use.node.replace_input_with(use.operand, source)
+
+
+def _replacer(old: fx.Node, new: fx.Node) -> Callable[[fx.Node], fx.Node]:
+    return lambda node: new if node is old else node

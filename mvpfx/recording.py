@@ -1,0 +1,65 @@
+"""What recording a call yields, and the words it uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mvpfx.sizes import SizeNodes
+from mvpfx.torch_private import SymbolicShapes
+
+SELF = "__self__"
+"""The get_attr target that stands for the region module itself."""
+
+CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout)
+CONSTANTS = (*CONSTANTS, torch.memory_format, torch.Generator, type(None), type(...))
+
+
+class NotCapturable(Exception):
+    """This call cannot become a graph; the message says why. The module's own forward serves."""
+
+
+@dataclass
+class Recording:
+    """One recorded call.
+
+    Attributes:
+        graph: placeholders are the tensor and cache leaves of the call, in order; a tensor from
+            outside the region is a get_attr node with the tensor in `meta["constant"]`.
+        leaves: position of each placeholder among the flattened arguments.
+        out_spec: how the flat outputs form the result.
+        shapes, sizes: the symbols and where each is read from.
+        fakes: the fake input of each placeholder (None for a cache).
+    """
+
+    graph: fx.Graph
+    leaves: list[int]
+    out_spec: Any
+    shapes: SymbolicShapes
+    sizes: SizeNodes
+    fakes: list[Tensor | None]
+
+
+class Opaque:
+    """A cache inside a recorded call: of its type for `isinstance`; only `update` may be used."""
+
+    __slots__ = ("_update", "node", "real")
+
+    def __init__(self, node: fx.Node, update: Callable[..., Any], real: Any) -> None:
+        self.node = node
+        self.real = real
+        self._update = update
+
+    @property
+    def __class__(self) -> Any:
+        return type(self.real)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "update":
+            return partial(self._update, self)
+        raise NotCapturable(f"{type(self.real).__name__}.{name} is read inside the region")

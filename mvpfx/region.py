@@ -1,0 +1,260 @@
+"""Regions: modules whose calls run as graphs, captured at the first call of each kind.
+
+A call that cannot become a graph runs the module's own forward, in which every masked parameter
+reads as its masked value: masks apply whatever happens, and the reason is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mvpfx.hf import is_cache, is_checkpointed_block
+from mvpfx.interception import is_capturing
+from mvpfx.recorder import Recorder
+from mvpfx.recording import CONSTANTS, NotCapturable, Recording
+from mvpfx.swap import original_class, runtime_of, set_runtime
+from mvpfx.torch_private import autocast_state, is_fake, pytree
+from mvpfx.variant import Variant
+
+MOST_VARIANTS = 32
+
+Rewrite = Callable[[nn.Module, "Region", fx.Graph], fx.Graph]
+
+
+@dataclass
+class Region:
+    """The runtime of one region: its variants by call signature.
+
+    Attributes:
+        name: the module's name in the model, "" for the root.
+        rewrite: turns a recorded graph into the one that runs (inserts masks).
+        state: the model's record, shared by its regions.
+        variants: captured graphs by call signature, or the reason there is none.
+        declined: reasons why calls were not captured, and how many calls that was.
+        calls: how many calls ran as a graph.
+    """
+
+    name: str
+    rewrite: Rewrite
+    state: Any
+    variants: dict[Any, list[Variant | str]] = field(
+        default_factory=dict[Any, "list[Variant | str]"]
+    )
+    declined: dict[str, int] = field(default_factory=dict[str, int])
+    calls: int = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles start without variants: graphs hold the modules they came from."""
+        return {
+            **self.__dict__,
+            "variants": {},
+            "declined": dict(self.declined),
+            "calls": 0,
+        }
+
+    def call(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run one call of the region: as a graph, or where it cannot be one, by `forward`."""
+        if is_capturing() or torch.compiler.is_compiling():
+            return forward(module, *args, **kwargs)
+        flat, spec = pytree.tree_flatten((args, kwargs), is_leaf=is_cache)
+        try:
+            key = _signature(module, flat, spec)
+            variant = _find(module, self, key, flat, (args, kwargs), forward)
+        except NotCapturable as reason:
+            variant = str(reason)
+        if isinstance(variant, str):
+            self.declined[variant] = self.declined.get(variant, 0) + 1
+            return forward(module, *args, **kwargs)
+        self.calls += 1
+        return variant.run(flat)
+
+    def graphs(self) -> list[fx.Graph]:
+        """The captured graphs, those recorded without gradients first."""
+        found = [
+            (key[1], variant.graph)
+            for key, variants in self.variants.items()
+            for variant in variants
+            if isinstance(variant, Variant)
+        ]
+        return [graph for _, graph in sorted(found, key=lambda pair: bool(pair[0]))]
+
+
+def region_of(module: nn.Module) -> Region | None:
+    """The region runtime of a module, or None."""
+    runtime = runtime_of(module)
+    return runtime if isinstance(runtime, Region) else None
+
+
+def region_modules(model: nn.Module, owners: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    """The regions of a model whose weights are held by the modules named in `owners`.
+
+    A repeated block (a transformers layer, or a composite child of an `nn.ModuleList` with a
+    sibling of its class) is a region; a block inside a block is not. What lies outside all blocks
+    is covered by the largest modules that hold no block.
+    """
+    blocks = block_names(model)
+
+    def holds(name: str, names: Any) -> bool:
+        return any(other == name or not name or other.startswith(f"{name}.") for other in names)
+
+    def cover(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        if name in blocks or not holds(name, blocks):
+            if holds(name, owners):
+                yield name, module
+            return
+        for child_name, child in module.named_children():
+            yield from cover(child, f"{name}.{child_name}" if name else child_name)
+
+    yield from cover(model, "")
+
+
+def block_names(model: nn.Module) -> set[str]:
+    """Names of the outermost repeated blocks of a model."""
+    return {name for name, _ in _blocks(model, "")}
+
+
+def _blocks(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    children = list(module.named_children())
+    kinds = [type(child) for _, child in children]
+    for child_name, child in children:
+        full = f"{name}.{child_name}" if name else child_name
+        repeated = isinstance(module, nn.ModuleList) and kinds.count(type(child)) > 1
+        if is_checkpointed_block(child) or (repeated and next(child.children(), None) is not None):
+            yield full, child
+        else:
+            yield from _blocks(child, full)
+
+
+def _find(
+    module: nn.Module,
+    region: Region,
+    key: Any,
+    flat: list[Any],
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    forward: Callable[..., Any],
+) -> Variant | str:
+    """The variant for a call, captured now if it is the first of its kind; or why there is none."""
+    known = region.variants.setdefault(key, [])
+    for variant in known:
+        if isinstance(variant, str) or variant.check(flat):
+            return variant
+    if sum(len(variants) for variants in region.variants.values()) >= MOST_VARIANTS:
+        raise NotCapturable(f"more than {MOST_VARIANTS} kinds of call")
+    try:
+        variant = capture(module, region, call, forward)
+    except NotCapturable as reason:
+        variant = str(reason)
+    known.append(variant)
+    return variant
+
+
+def capture(
+    module: nn.Module,
+    region: Region,
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    forward: Callable[..., Any],
+) -> Variant:
+    """Record one call, rewrite its graph, and make it ready to run.
+
+    Raises:
+        NotCapturable: with the reason, whatever went wrong while recording on fakes; the
+            module's own forward then serves, and raises the error if it is one.
+    """
+    recording = _record(module, call, forward)
+    graph = region.rewrite(module, region, recording.graph)
+    return Variant(module, recording, graph)
+
+
+def capture_graph(module: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> fx.Graph:
+    """Record one call of a module, prepared or not; parameters are read raw.
+
+    Raises:
+        NotCapturable: with the reason.
+    """
+    return _record(module, call, original_class(module).forward).graph
+
+
+def _record(
+    module: nn.Module,
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    forward: Callable[..., Any],
+) -> Recording:
+    _check_hooks(module)
+    try:
+        return Recorder(module, forward).record(*call)
+    except NotCapturable:
+        raise
+    except Exception as error:
+        first_line = str(error).partition("\n")[0]
+        raise NotCapturable(f"{type(error).__name__}: {first_line}") from error
+
+
+def _check_hooks(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        if name and (part._forward_hooks or part._forward_pre_hooks):
+            raise NotCapturable(f"{name} has forward hooks")
+        if name and "forward" in part.__dict__:
+            raise NotCapturable(f"{name} has a forward of its own instance")
+
+
+def _signature(module: nn.Module, flat: list[Any], spec: Any) -> tuple[Any, ...]:
+    """What a variant depends on besides sizes; equal signatures share variants."""
+    leaves: list[Any] = []
+    devices = {"cpu"}
+    for value in flat:
+        if isinstance(value, Tensor):
+            if is_fake(value) or type(value) not in (Tensor, nn.Parameter):
+                raise NotCapturable(f"an argument is a {type(value).__name__}")
+            devices.add(value.device.type)
+            ones = tuple(size == 1 for size in value.shape)
+            leaves.append(
+                (value.dtype, value.device, ones, value.requires_grad, value.is_contiguous())
+            )
+        elif is_cache(value):
+            leaves.append(type(value))
+        elif isinstance(value, CONSTANTS):
+            leaves.append((type(value), value))
+        else:
+            raise NotCapturable(f"an argument of type {type(value).__name__} is not known")
+    return (
+        spec,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        autocast_state(tuple(sorted(devices))),
+        _configuration(module),
+        tuple(leaves),
+    )
+
+
+_PLAIN = frozenset((bool, int, float, str, type(None)))
+
+
+def _configuration(module: nn.Module) -> tuple[Any, ...]:
+    """Every plain attribute a forward may branch on: flags, numbers, names, and configs."""
+    values: list[Any] = []
+    seen: set[int] = set()
+    for part in module.modules():
+        attributes = part.__dict__
+        values.append(len(part._forward_hooks) + len(part._forward_pre_hooks))
+        values.extend(v for v in attributes.values() if type(v) in _PLAIN)
+        config = attributes.get("config")
+        if config is not None and id(config) not in seen and hasattr(config, "__dict__"):
+            seen.add(id(config))
+            values.extend(v for v in config.__dict__.values() if type(v) in _PLAIN)
+    return tuple(values)
+
+
+def make_region(module: nn.Module, region: Region) -> None:
+    """Run the calls of `module` as graphs from now on."""
+    set_runtime(module, region)

@@ -1,0 +1,86 @@
+"""What `prepare` and `convert` remember of a model, kept beside it and copied with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import fx, nn
+
+if TYPE_CHECKING:
+    from mvpfx.config import PruningConfig
+    from mvpfx.pipeline import Decision, Record
+    from mvpfx.report import Report
+    from mvpfx.site import Site
+
+_KEY = "_mvpfx_state"
+
+
+@dataclass
+class State:
+    """The record of one prepared or converted model; holds no module, so copies stay cheap.
+
+    Attributes:
+        config: the configuration `prepare` was called with; None for a converted model.
+        sites: the masked weights by canonical name, in model order.
+        seen: every weight that was considered, masked or not.
+        regions: names of the modules that are captured as one graph each.
+        default_everywhere: whether a site found later, in a graph, is masked unless told otherwise.
+        optimizer_built: set by `parameter_groups`; from then on no site may appear.
+        records: one entry a pass, in the order they ran.
+        late: decisions made after `prepare`, when a region was first called.
+        report: what `convert` did; None for a prepared model.
+        graphs: the lowered graphs of a converted model by region.
+    """
+
+    config: PruningConfig | None = None
+    sites: dict[str, Site] = field(default_factory=dict["str", "Site"])
+    seen: set[str] = field(default_factory=set[str])
+    regions: list[str] = field(default_factory=list[str])
+    default_everywhere: bool = True
+    optimizer_built: bool = False
+    records: list[Record] = field(default_factory=list["Record"])
+    late: list[Decision] = field(default_factory=list["Decision"])
+    report: Report | None = None
+    graphs: dict[str, fx.Graph] = field(default_factory=dict["str", "fx.Graph"])
+
+
+def attach_state(model: nn.Module, state: State) -> None:
+    """Keep `state` beside `model`, out of its state dict."""
+    model.__dict__[_KEY] = state
+
+
+def detach_state(model: nn.Module) -> None:
+    """Forget the state of `model`, if it has one."""
+    model.__dict__.pop(_KEY, None)
+
+
+def find_state(model: nn.Module) -> State | None:
+    """The state of `model`, or of the first module inside it that has one (a wrapper's content)."""
+    for module in model.modules():
+        state = module.__dict__.get(_KEY)
+        if isinstance(state, State):
+            return state
+    return None
+
+
+def state_of(model: nn.Module) -> State:
+    """The state of a prepared or converted model.
+
+    Raises:
+        ValueError: if `model` is neither.
+    """
+    state = find_state(model)
+    if state is None:
+        raise ValueError(
+            f"{type(model).__name__} is neither prepared nor converted. "
+            "Call mvpfx.prepare(model) before fine-tuning, or mvpfx.convert(model) for deployment."
+        )
+    return state
+
+
+def mark_optimizer_built(model: nn.Module) -> None:
+    """Record that parameter groups were handed out, so that a site appearing later is an error."""
+    state = find_state(model)
+    if state is not None:
+        state.optimizer_built = True

@@ -1,0 +1,144 @@
+"""Swapped classes: how a prepared module behaves differently and still is what it was.
+
+The class of a module is swapped for a cached subclass of it, so `isinstance`, parameters,
+`state_dict` keys, hooks and pickling stay. The subclass reads masked parameters as masked, and
+hands calls to the module's runtime where it has one.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+from torch import Tensor, nn
+
+from mvpfx.interception import is_capturing
+
+MASK_SUFFIX = "_mask"
+_RUNTIME = "_mvpfx_region"
+
+
+class Runtime(Protocol):
+    """What runs the calls of a module in its place."""
+
+    def call(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run one call; `forward` is the module's own."""
+        ...
+
+
+_classes: dict[tuple[type, tuple[str, ...], bool], type] = {}
+
+
+def swap_class(module: nn.Module, masked: tuple[str, ...] = (), region: bool = False) -> None:
+    """Give `module` a subclass of its class whose `masked` parameters read as masked."""
+    base = original_class(module)
+    masked = tuple(sorted({*masked, *_masked_names(type(module))}))
+    region = region or _is_region_class(type(module))
+    key = (base, masked, region)
+    if key not in _classes:
+        body: dict[str, Any] = {name: masked_property(name) for name in masked}
+        if region:
+            body["forward"] = _forward(base.forward)
+        body.update(
+            __module__=base.__module__,
+            __qualname__=base.__qualname__,
+            __doc__=base.__doc__,
+            __reduce_ex__=_reduce,
+            _mvpfx_class=key,
+        )
+        _classes[key] = type(base.__name__, (base,), body)
+    module.__class__ = _classes[key]
+
+
+def _forward(base_forward: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        runtime = runtime_of(self)
+        if runtime is None:
+            return base_forward(self, *args, **kwargs)
+        return runtime.call(self, base_forward, args, kwargs)
+
+    forward.__wrapped__ = base_forward  # pyright: ignore[reportFunctionMemberAccess]
+    forward.__signature__ = inspect.signature(base_forward)  # pyright: ignore[reportFunctionMemberAccess]
+    return forward
+
+
+def runtime_of(module: nn.Module) -> Runtime | None:
+    """What runs the module's calls, None where it is its own forward."""
+    return module.__dict__.get(_RUNTIME)
+
+
+def set_runtime(module: nn.Module, runtime: Runtime) -> None:
+    """Hand the calls of `module` to `runtime` from now on."""
+    swap_class(module, region=True)
+    module.__dict__[_RUNTIME] = runtime
+
+
+def drop_runtimes(model: nn.Module) -> None:
+    """Let every module run its own forward again; masks still apply."""
+    for module in model.modules():
+        module.__dict__.pop(_RUNTIME, None)
+
+
+def restore(model: nn.Module) -> None:
+    """Give every module its original class back and take all masks out."""
+    drop_runtimes(model)
+    for module in list(model.modules()):
+        for name in _masked_names(type(module)):
+            module._modules.pop(f"{name}{MASK_SUFFIX}", None)
+        module.__class__ = original_class(module)
+        for name in [n for n in module.__dict__ if n.endswith(MASK_SUFFIX)]:
+            if f"{name.removesuffix(MASK_SUFFIX)}" in module._parameters:
+                del module.__dict__[name]
+
+
+def masked_property(name: str) -> property:
+    """An attribute that reads as the masked parameter `name`, and raw while recording."""
+
+    def get(self: nn.Module) -> Tensor | None:
+        parameter = self._parameters[name]
+        mask = find_mask(self, name)
+        if mask is None or parameter is None or is_capturing():
+            return parameter
+        return mask(parameter)
+
+    return property(get)
+
+
+def find_mask(owner: nn.Module, name: str) -> nn.Module | None:
+    """The mask of one parameter of `owner`: its own child, or one tied from elsewhere."""
+    key = f"{name}{MASK_SUFFIX}"
+    return owner._modules.get(key) or owner.__dict__.get(key)
+
+
+def original_class(module: nn.Module) -> Any:
+    """The class the module had before it was prepared."""
+    key = type(module).__dict__.get("_mvpfx_class")
+    return type(module) if key is None else key[0]
+
+
+def _masked_names(kind: type) -> tuple[str, ...]:
+    return kind.__dict__.get("_mvpfx_class", (None, (), False))[1]
+
+
+def _is_region_class(kind: type) -> bool:
+    return bool(kind.__dict__.get("_mvpfx_class", (None, (), False))[2])
+
+
+def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    base, masked, region = cast("Any", type(self))._mvpfx_class
+    return _rebuild, (base, masked, region), dict(self.__dict__)
+
+
+def _rebuild(base: type[nn.Module], masked: tuple[str, ...], region: bool) -> nn.Module:
+    module = base.__new__(base)
+    swap_class(module, masked, region)
+    return module

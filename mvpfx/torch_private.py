@@ -1,0 +1,175 @@
+"""Every private torch API this package relies on, in one place.
+
+`REQUIRED` lists them by module; `tests/test_torch_private.py` names the torch version in which one
+of them went missing. Nothing else in the package imports from an underscored torch module.
+"""
+
+# pyright: reportPrivateUsage=false, reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownParameterType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeArgument=false
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from sympy.core.symbol import Symbol
+from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._sympy import functions as symbolic
+from torch.utils._sympy.printers import PythonPrinter
+
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "torch._C": ("_set_grad_enabled",),
+    "torch._C._nn": ("linear", "gelu"),
+    "torch._dynamo.source": ("ConstantSource",),
+    "torch._subclasses.fake_tensor": ("FakeTensor", "FakeTensorMode"),
+    "torch.fx.experimental.symbolic_shapes": ("DimDynamic", "ShapeEnv", "StatelessSymbolicContext"),
+    "torch.utils._pytree": ("tree_flatten", "tree_leaves", "tree_unflatten"),
+    "torch.utils._sympy.functions": ("FloorDiv", "Max", "Min", "Mod", "PythonMod"),
+    "torch.utils._sympy.printers": ("PythonPrinter",),
+    "torch": ("is_autocast_cache_enabled", "set_autocast_cache_enabled", "_grouped_mm"),
+    "torch.overrides": ("TorchFunctionMode", "is_tensor_method_or_property"),
+}
+
+__all__ = [
+    "FakeTensor",
+    "Symbol",
+    "SymbolicShapes",
+    "expression_operator",
+    "is_fake",
+    "pytree",
+    "set_grad_enabled",
+    "sympy",
+]
+
+set_grad_enabled = torch._C._set_grad_enabled
+linear = torch._C._nn.linear
+gelu = torch._C._nn.gelu
+grouped_mm = torch._grouped_mm
+
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    "Add": operator.add,
+    "Mul": operator.mul,
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+    "Max": max,
+    "Min": min,
+    "IntTrueDiv": operator.truediv,
+    "FloatTrueDiv": operator.truediv,
+    "PowByNatural": operator.pow,
+    "FloatPow": operator.pow,
+    "Pow": operator.pow,
+    "ToFloat": float,
+    "CeilToInt": math.ceil,
+    "FloorToInt": math.floor,
+    "OpaqueUnaryFn_sqrt": math.sqrt,
+}
+assert symbolic.FloorDiv.__name__ in _OPERATORS
+
+
+def expression_operator(expression: Any) -> Callable[..., Any] | None:
+    """The Python function that evaluates the head of a size expression, or None if unknown."""
+    return _OPERATORS.get(type(expression).__name__)
+
+
+def is_fake(value: object) -> bool:
+    """Whether `value` is a fake tensor: shapes and dtypes without data."""
+    return isinstance(value, FakeTensor)
+
+
+def int_expression(size: Any) -> Any:
+    """The sympy expression of an int or SymInt."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def float_expression(value: Any) -> Any:
+    """The sympy expression behind a SymInt, SymFloat or SymBool."""
+    return value.node.expr
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """The number a size had in the recorded call."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+class SymbolicShapes:
+    """Fake tensors whose sizes above 1 are symbols, and the guards met while they were used."""
+
+    def __init__(self) -> None:
+        self.environment = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.environment, allow_non_fake_inputs=True)
+        self._inputs = 0
+        self._lengths = 0
+
+    def fake(self, tensor: Tensor) -> FakeTensor:
+        """A fake of `tensor`: one symbol for each size above 1; dtype, device, strides as given."""
+        self._inputs += 1
+        context = StatelessSymbolicContext(
+            dynamic_sizes=[
+                DimDynamic.DYNAMIC if size > 1 else DimDynamic.STATIC for size in tensor.shape
+            ],
+            dynamic_strides=[DimDynamic.INFER_STRIDE] * tensor.dim(),
+            constraint_sizes=[None] * tensor.dim(),
+            constraint_strides=[None] * tensor.dim(),
+        )
+        source = ConstantSource(f"input{self._inputs}")
+        plain = tensor.detach()
+        fake = self.mode.from_tensor(plain, symbolic_context=context, source=source)
+        if not tensor.requires_grad:
+            return fake
+        with self.mode, torch.enable_grad():
+            leaf: Any = fake.requires_grad_()
+            return leaf if tensor.is_leaf else leaf.clone()
+
+    def fresh_length(self) -> torch.SymInt:
+        """A size that nothing is known of, such as the length of a cache after an update."""
+        self._lengths += 1
+        source = ConstantSource(f"length{self._lengths}")
+        hint = 1009 + self._lengths
+        symbol = self.environment.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+        size = self.environment.create_symintnode(symbol, hint=hint, source=source)
+        assert isinstance(size, torch.SymInt)
+        return size
+
+    def replaced(self, expression: Any) -> Any:
+        """`expression` with what the guards made equal put in."""
+        return self.environment.replace(expression)
+
+    def guards(self) -> list[Any]:
+        """The conditions on sizes under which the recorded control flow holds."""
+        return [guard.expr for guard in self.environment.guards if guard.expr != sympy.true]
+
+
+def print_expression(expression: Any) -> str:
+    """Python source of a size expression or guard; names of symbols are kept, `math` is needed."""
+    return str(PythonPrinter().doprint(expression))
+
+
+def autocast_state(device_types: tuple[str, ...]) -> tuple[Any, ...]:
+    """(enabled, dtype) of autocast for each device type, to be compared."""
+    state: list[Any] = []
+    for kind in device_types:
+        enabled = torch.is_autocast_enabled(kind)
+        state.append((enabled, torch.get_autocast_dtype(kind) if enabled else None))
+    return tuple(state)
+
+
+class AutocastCacheOff:
+    """Keeps autocast from storing fake casts under the keys of real weights."""
+
+    def __enter__(self) -> None:
+        self._enabled = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_autocast_cache_enabled(self._enabled)

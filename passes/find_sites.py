@@ -1,0 +1,131 @@
+"""Find sites: which weights feed a matmul, and which of them are to be pruned by which rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from mvpfx.config import PruningConfig
+from mvpfx.facts import fact
+from mvpfx.hf import base_model_name, is_pretrained
+from mvpfx.mask import Mask
+from mvpfx.matmul import find_matmuls
+from mvpfx.pipeline import Decision, Pass
+from mvpfx.program import Program, full_name
+from mvpfx.region import block_names
+from mvpfx.site import Site
+from mvpfx.swap import original_class
+from mvpfx.weights import layer_sites, parameter_names, weight_owners
+
+
+@dataclass(frozen=True)
+class FindSites(Pass):
+    """List the weights of known layers and those that graphs show feeding a matmul.
+
+    Attributes:
+        config: chooses among them and gives each its rule; None keeps them all, with the rules of masks that are there.
+    """
+
+    config: PruningConfig | None = None
+    name: ClassVar[str] = "find_sites"
+    requires: ClassVar[tuple[str, ...]] = ("captured",)
+    ensures: ClassVar[tuple[str, ...]] = ("sites",)
+
+    def apply(self, program: Program) -> Iterator[Decision]:
+        """Fill `program.sites` and `program.rules`.
+
+        Raises:
+            ValueError: no weight of the model feeds a matmul, or overrides leave none.
+        """
+        candidates = {site.name: site for site in layer_sites(program.model)}
+        for region, graph in program.graphs.items():
+            for site in graph_sites(program, region, graph):
+                known = _tied_to(candidates, site)
+                if known is None:
+                    candidates[site.name] = site
+        if self.config is None:
+            for mask in program.model.modules():
+                if isinstance(mask, Mask):
+                    candidates.setdefault(mask.site.name, mask.site)
+                    program.rules[mask.site.name] = mask.rule
+            program.sites = candidates
+            return
+        kind = original_class(program.model).__name__
+        waiting = [] if program.graphs else list(weight_owners(program.model))
+        if not candidates and not waiting:
+            raise ValueError(
+                f"{kind} has no weight that feeds a matmul, so there is nothing to prune. "
+                "Needed: a linear or convolution layer, or example_inputs= that show a "
+                "functional matmul on a parameter."
+            )
+        defaults = _defaults(program, candidates)
+        program.rules = self.config.rules(list(candidates.values()), defaults)
+        for name in waiting if not candidates else ():
+            yield Decision(name or kind, "site", False, "its weights are found at its first call")
+        if candidates and not program.rules:
+            raise ValueError(
+                f"overrides leave no site in {kind}: {len(candidates)} weights feed a matmul. "
+                "Remove an override of None, or add a site with a dict, such as "
+                f'overrides={{"{next(iter(candidates))}": {{}}}}.'
+            )
+        program.sites = {name: candidates[name] for name in candidates if name in program.rules}
+        for name in candidates:
+            if name in program.rules:
+                yield Decision(name, "site", True, _rule_text(program, name))
+            else:
+                reason = (
+                    "an override leaves it alone"
+                    if name in defaults
+                    else "outside the repeated blocks of the base model"
+                )
+                yield Decision(name, "site", False, reason)
+
+
+@fact("sites")
+def sites(program: Program) -> str | None:
+    """Every site is a parameter of the model."""
+    for name in program.sites:
+        if program.parameter(name) is None:
+            return f"site {name} is no parameter of the model"
+    return None
+
+
+def graph_sites(program: Program, region: str, graph: fx.Graph) -> Iterator[Site]:
+    """The sites one graph shows, by the name under which its first matmul reads them."""
+
+    def shape_of(target: str) -> tuple[int, ...] | None:
+        value = program.parameter(full_name(region, target))
+        names = full_name(region, target) in known
+        return tuple(value.shape) if value is not None and names else None
+
+    known = parameter_names(program.model)
+    for use in find_matmuls(graph, shape_of):
+        name = full_name(region, use.weight.target)
+        aliases = tuple(alias for alias in known[name] if alias != name)
+        shape = shape_of(str(use.weight.target))
+        assert shape is not None
+        yield Site(name, shape, use.out_dim, aliases)
+
+
+def _tied_to(candidates: dict[str, Site], site: Site) -> Site | None:
+    names = {site.name, *site.aliases}
+    return next((s for s in candidates.values() if names & {s.name, *s.aliases}), None)
+
+
+def _defaults(program: Program, candidates: dict[str, Site]) -> list[str]:
+    """In a transformers model the sites inside the base model's blocks; else all of them."""
+    if not is_pretrained(program.model):
+        return list(candidates)
+    base = base_model_name(program.model)
+    blocks = [b for b in block_names(program.model) if not base or b.startswith(f"{base}.")]
+    inside = [n for n in candidates if any(n.startswith(f"{block}.") for block in blocks)]
+    return inside or list(candidates)
+
+
+def _rule_text(program: Program, name: str) -> str:
+    rule, site = program.rules[name], program.sites[name]
+    tied = f", tied to {', '.join(site.aliases)}" if site.aliases else ""
+    return f"{rule.criterion}, {rule.granularity}, density {rule.density:g}{tied}"
