@@ -60,7 +60,7 @@ class Criterion(ABC):
         """First `scores` of a mask, float32 `[r, c]`; None where nothing is stored."""
         if self.stored == "nothing":
             return None
-        return initial_scores(mask.magnitude(), mask.rule.score_init)
+        return initial_scores(mask.unit_weights(), mask.rule.score_init)
 
     def targets(self, rule: Rule, progress: Progress) -> Targets:
         """What the schedule asks for now: by default the density, from 1 to the rule's."""
@@ -77,7 +77,7 @@ class Criterion(ABC):
     def apply(self, mask: Mask, weight: Tensor) -> Tensor:
         """The weight the matmul sees, of the same shape and dtype: by default `W * M`."""
         scores = mask.scores if self.stored == "parameter" else None
-        return apply_mask(weight, scores, mask.mask(), mask.granularity, mask.site.out_dim)
+        return apply_mask(weight, scores, mask.factor(), mask.granularity, mask.site.out_dim)
 
     def penalty(self, mask: Mask) -> Tensor:
         """Differentiable scalar that the penalty multiplies by `lambda`; for `penalised` ones."""

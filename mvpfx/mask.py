@@ -145,10 +145,33 @@ class Mask(nn.Module):
         return self._current()[1]
 
     @property
+    def units(self) -> int:
+        """Number of units."""
+        rows, cols = self.granularity.units_shape(self.site)
+        return rows * cols
+
+    def factor(self) -> Tensor | None:
+        """What the weight is multiplied by: the mask, or None where every weight stays.
+
+        Raises:
+            ValueError: if the scores, or the weights they come from, hold NaN.
+        """
+        mask = self.mask()
+        return None if self.density is not None and self.density >= 1 else mask
+
+    @property
     def density_now(self) -> float:
         """Fraction of units that are kept, counted."""
         kept = self.kept()
         return int(kept.sum()) / kept.numel()
+
+    def unit_weights(self) -> Tensor:
+        """What stands for each unit, float32 `[r, c]`, detached: the weight itself, without a copy
+        where it is float32, or the mean of `abs(W)` over a larger unit.
+        """
+        if self.granularity.is_element:
+            return to_matrix(self._weight.detach(), self.site.out_dim).float()
+        return self.magnitude()
 
     def magnitude(self) -> Tensor:
         """Mean `abs(W)` of each unit, float32 `[r, c]`, detached."""

@@ -97,7 +97,7 @@ def top_v(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     the scores equal to it are counted out.
 
     >>> top_v([torch.tensor([2.0, 1.0]), torch.tensor([[1.0, 1.0]])], 2)
-    [tensor([ True,  True]), tensor([[False, False]])]
+    [tensor([True, True]), tensor([[False, False]])]
 
     Args:
         scores: float tensors of any shape, without NaN.
@@ -109,7 +109,22 @@ def top_v(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     total = sum(part.numel() for part in scores)
     if count >= total or count <= 0:
         return [torch.full_like(part, count > 0, dtype=torch.bool) for part in scores]
-    cut = _value_at(scores, count)
+    device = scores[0].device
+    flat = torch.cat([part.flatten().to(device) for part in scores])
+    if device.type == "cpu" and flat.dtype == torch.float32 and not is_fake(flat):
+        # In place on the copy made above; ten times as fast as kthvalue on a CPU.
+        flat.numpy().partition(total - count)
+        cut = flat[total - count].clone()
+        if flat[: total - count].max() < cut:
+            return [part >= cut.to(part.device) for part in scores]
+    else:
+        cut = flat.kthvalue(total - count + 1).values
+    del flat
+    return _count_out_ties(scores, cut, count)
+
+
+def _count_out_ties(scores: Sequence[Tensor], cut: Tensor, count: int) -> list[Tensor]:
+    """Mark what is above `cut`, and of what equals it the first ones, `count` in all."""
     above = [part > cut.to(part.device) for part in scores]
     room = torch.tensor(count, device=cut.device)
     for greater in above:
@@ -122,15 +137,3 @@ def top_v(scores: Sequence[Tensor], count: int) -> list[Tensor]:
         room = room - chosen.sum().to(room.device)
         kept.append(greater | chosen.view(greater.shape))
     return kept
-
-
-def _value_at(scores: Sequence[Tensor], count: int) -> Tensor:
-    """The `count`-th greatest of all scores, as a scalar tensor on the first one's device."""
-    device = scores[0].device
-    flat = torch.cat([part.flatten().to(device) for part in scores])
-    position = flat.numel() - count
-    if device.type == "cpu" and flat.dtype == torch.float32 and not is_fake(flat):
-        # In place on the copy made above; ten times as fast as kthvalue on a CPU.
-        flat.numpy().partition(position)
-        return flat[position].clone()
-    return flat.kthvalue(position + 1).values

@@ -158,7 +158,7 @@ class CubicSchedule(RampSchedule):
 
     >>> cubic = CubicSchedule(warmup=0.1, cooldown=0.2)
     >>> [round(cubic(step, 1000, 1.0, 0.1), 3) for step in (0, 100, 250, 450, 799, 800, 1000)]
-    [1.0, 1.0, 0.544, 0.213, 0.1, 0.1, 0.1]
+    [1.0, 1.0, 0.537, 0.213, 0.1, 0.1, 0.1]
     """
 
     name: ClassVar[str] = "cubic"

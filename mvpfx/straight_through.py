@@ -18,9 +18,9 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        weight: Tensor, scores: Tensor, mask: Tensor, granularity: Granularity, out_dim: int
+        weight: Tensor, scores: Tensor, mask: Tensor | None, granularity: Granularity, out_dim: int
     ) -> Tensor:
-        return weight * mask
+        return weight.view_as(weight) if mask is None else weight * mask
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -34,7 +34,7 @@ class _StraightThrough(torch.autograd.Function):
         weight, mask = ctx.saved_tensors
         weight_grad = score_grad = None
         if ctx.needs_input_grad[0]:
-            weight_grad = grad * mask
+            weight_grad = grad if mask is None else grad * mask
         if ctx.needs_input_grad[1]:
             movement = to_matrix(grad.float() * weight.float(), ctx.out_dim)
             score_grad = ctx.granularity.reduce(movement)
@@ -42,17 +42,21 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def apply_mask(
-    weight: Tensor, scores: Tensor | None, mask: Tensor, granularity: Granularity, out_dim: int
+    weight: Tensor,
+    scores: Tensor | None,
+    mask: Tensor | None,
+    granularity: Granularity,
+    out_dim: int,
 ) -> Tensor:
     """The masked weight, in shape and dtype of `weight`.
 
     Args:
         weight: the parameter.
         scores: `[r, c]` float32, to receive straight-through gradients; None for none.
-        mask: bool, of the weight's shape; True = kept.
+        mask: bool, of the weight's shape; True = kept. None keeps all of it.
         granularity: of the scores.
         out_dim: which dimension of the weight holds the output features.
     """
     if scores is None or not torch.is_grad_enabled():
-        return weight * mask
+        return weight if mask is None else weight * mask
     return _StraightThrough.apply(weight, scores, mask, granularity, out_dim)  # pyright: ignore[reportReturnType]
