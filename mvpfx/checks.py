@@ -35,17 +35,17 @@ def as_density(value: object, name: str = "density") -> float:
     return number
 
 
-def as_count(value: object, name: str) -> int:
-    """`value` as a whole number of at least 1.
+def as_count(value: object, name: str, least: int = 1) -> int:
+    """`value` as a whole number of at least `least`.
 
     Raises:
         TypeError: if it is no int.
-        ValueError: if it is below 1.
+        ValueError: if it is too small.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number; found {value!r} ({type(value).__name__}).")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1; found {value}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; found {value}.")
     return value
 
 

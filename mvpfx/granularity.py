@@ -34,6 +34,16 @@ class Granularity:
     rows: int | None = 1
     cols: int | None = 1
 
+    def __str__(self) -> str:
+        """As in a configuration: a name, or the sizes of a block.
+
+        >>> print(parse("element"), parse("row"), parse((32, 8)))
+        element row 32 x 8
+        """
+        names = {sizes: name for name, sizes in NAMED.items()}
+        sizes = (self.rows, self.cols)
+        return names.get(sizes) or " x ".join("all" if n is None else str(n) for n in sizes)
+
     @property
     def is_element(self) -> bool:
         """Whether each weight has a score of its own."""

@@ -165,6 +165,12 @@ class Mask(nn.Module):
         kept = self.kept()
         return int(kept.sum()) / kept.numel()
 
+    @property
+    def units(self) -> int:
+        """Number of units, kept or not."""
+        rows, cols = self.granularity.units_shape(self.site)
+        return rows * cols
+
     def unit_weights(self) -> Tensor:
         """What stands for each unit, float32 `[r, c]`, detached: the weight itself, without a copy
         where it is float32, or the mean of `abs(W)` over a larger unit.

@@ -1,0 +1,108 @@
+"""SparsityScheduler: moves all masks of a model along their schedules, one optimizer step a call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from mvpfx.checks import as_count
+from mvpfx.mask import Mask
+
+
+class SparsityScheduler:
+    """Takes every mask from where its schedule starts to where it ends.
+
+    Like a learning-rate scheduler: make it after `prepare`, call `step` after each
+    `optimizer.step()`, save its state dict with the optimizer's.
+
+    Args:
+        model: a prepared model, or a module that holds one.
+        total_steps: length of the run, in optimizer steps. With gradient accumulation these are
+            fewer than batches.
+
+    Attributes:
+        total_steps: as given.
+        step_count: optimizer steps counted so far.
+
+    Raises:
+        TypeError: if `total_steps` is no whole number.
+        ValueError: if it is below 1, if a schedule does not fit into it, or if nothing is masked.
+    """
+
+    def __init__(self, model: nn.Module, total_steps: int) -> None:
+        self.total_steps = as_count(total_steps, "total_steps")
+        self.step_count = 0
+        self._masks = masks_of(model)
+        if not self._masks:
+            raise ValueError(
+                f"{type(model).__name__} has no masks to schedule. "
+                "Call mvpfx.prepare(model) before SparsityScheduler(model, ...)."
+            )
+        self._move()
+
+    @property
+    def density(self) -> float | None:
+        """Target now: the fraction of units to keep, over all sites whose criterion has a target.
+
+        None where no criterion has one (soft movement keeps what passes its threshold).
+        """
+        asked = [(mask.density, mask.units) for mask in self._masks if mask.density is not None]
+        units = sum(count for _, count in asked)
+        return sum(density * count for density, count in asked) / units if units else None
+
+    def step(self) -> None:
+        """Count one optimizer step, and move every mask to where its schedule has it then.
+
+        Raises:
+            ValueError: if all of `total_steps` are used up.
+        """
+        if self.step_count >= self.total_steps:
+            raise ValueError(
+                f"step {self.step_count + 1} is past the end: the run has "
+                f"total_steps={self.total_steps}. Call scheduler.step() once per optimizer step, not "
+                "per batch, or build SparsityScheduler with as many total_steps as you take."
+            )
+        self.step_count += 1
+        for mask in self._masks:
+            mask.criterion.advance(mask)
+        self._move()
+
+    def state_dict(self) -> dict[str, int]:
+        """What a resumed run needs beside the model's own state dict; fit for JSON."""
+        return {"step_count": self.step_count, "total_steps": self.total_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken: step, densities, thresholds and penalties.
+
+        Raises:
+            TypeError: if a value is no whole number.
+            ValueError: if `state` is of something else, or of a run of another length.
+        """
+        wanted = set(self.state_dict())
+        if set(state) != wanted:
+            raise ValueError(
+                f"a scheduler's state has {', '.join(sorted(wanted))}; found "
+                f"{', '.join(sorted(state)) or 'nothing'}. Pass what scheduler.state_dict() returned."
+            )
+        total_steps = as_count(state["total_steps"], "total_steps")
+        if total_steps != self.total_steps:
+            raise ValueError(
+                f"the saved run has total_steps={total_steps}, this one {self.total_steps}. Build "
+                f"SparsityScheduler(model, total_steps={total_steps}) to resume it."
+            )
+        step_count = as_count(state["step_count"], "step_count", least=0)
+        if step_count > total_steps:
+            raise ValueError(f"step_count {step_count} is past the end: total_steps={total_steps}.")
+        self.step_count = step_count
+        self._move()
+
+    def _move(self) -> None:
+        for mask in self._masks:
+            mask.set_step(self.step_count, self.total_steps)
+
+
+def masks_of(model: nn.Module) -> list[Mask]:
+    """All masks in `model`, each once, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, Mask)]
