@@ -1,18 +1,31 @@
-"""mvpfx: a torch.fx compiler for movement pruning."""
+"""mvpfx: a torch.fx compiler for movement pruning.
+
+`prepare` before fine-tuning, `convert` for deployment, `sparsity_table` to see what happened.
+"""
 
 from mvpfx.api import convert, graphs, prepare
 from mvpfx.config import PruningConfig
-from mvpfx.report import explain, sparsity_table
+from mvpfx.optim import parameter_groups
+from mvpfx.penalty import penalty
+from mvpfx.report import Report, explain, sparsity_table
 from mvpfx.schedule import ConstantSchedule, CubicSchedule, LinearSchedule
+from mvpfx.scheduler import SparsityScheduler
+from mvpfx.state import report_of
 
 __all__ = [
     "ConstantSchedule",
     "CubicSchedule",
     "LinearSchedule",
     "PruningConfig",
+    "Report",
+    "SparsityScheduler",
     "convert",
     "explain",
     "graphs",
+    "parameter_groups",
+    "penalty",
     "prepare",
+    "report_of",
     "sparsity_table",
 ]
+__version__ = "0.1.0"

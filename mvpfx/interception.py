@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils import checkpoint
 
 from mvpfx.hf import AttentionIsLeaf
-from mvpfx.leaves import autograd_leaf, is_leaf_module
+from mvpfx.leaves import autograd_leaf, is_leaf_type
 from mvpfx.recording import NotCapturable
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Interception:
                 return call_module(module, *args, **kwargs)
             recorder.path.append(name)
             try:
-                if is_leaf_module(module):
+                if is_leaf_type(type(module)):
                     return recorder.leaf_module(module, args, kwargs)
                 return call_module(module, *args, **kwargs)
             finally:

@@ -6,13 +6,14 @@ shape and dtype, when it is met with fake tensors.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mvpfx.torch_private import grouped_mm
+from mvpfx.torch_private import grouped_mm, linear
 
 FakeRule = Callable[..., Any]
 
@@ -92,16 +93,72 @@ def _fake_grouped_mm(first: Tensor, second: Tensor, offs: Tensor | None = None, 
     return tie.expand(first.shape[0], second.shape[-1]) * 1.0
 
 
-FAKE_RULES: dict[Callable[..., Any], FakeRule] = {grouped_mm: _fake_grouped_mm}
-"""Functions recorded as they are, whose own fake kernel is stricter than the real one."""
+def _fake_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if torch.is_autocast_enabled(input.device.type) or input.dtype != weight.dtype:
+        return linear(input, weight, bias)
+    if input.dim() == 0 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
+        return linear(input, weight, bias)
+    out = input.new_empty((*input.shape[:-1], weight.shape[0]))
+    sources = (input, weight) if bias is None else (input, weight, bias)
+    return _with_gradient(out, *sources)
 
 
-def is_leaf_module(module: nn.Module) -> bool:
-    """Whether a module is one node: a torch.nn layer without children and without a matmul weight."""
-    if not type(module).__module__.startswith("torch.nn.modules."):
-        return False
-    if next(module.children(), None) is not None:
-        return False
-    if isinstance(module, nn.Embedding):
-        return True
-    return all(p.dim() < 2 for p in module.parameters(recurse=False))
+def _with_gradient(out: Tensor, *sources: Tensor) -> Tensor:
+    """`out` as autograd would hand it on: no leaf, and requiring gradients if a source does."""
+    if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+        return out.requires_grad_().clone()
+    return out
+
+
+FAKE_RULES: dict[Callable[..., Any], FakeRule] = {
+    grouped_mm: _fake_grouped_mm,
+    linear: _fake_linear,
+}
+"""Functions recorded as they are, whose own fake kernel is slower or stricter than need be."""
+
+_SAME_SHAPE = (nn.LayerNorm, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
+
+
+def fake_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a leaf module returns for fakes; its own forward where there is no shorter way."""
+    input: Any = args[0] if len(args) == 1 and not kwargs else None
+    plain = isinstance(module, _SAME_SHAPE) and isinstance(input, Tensor)
+    if isinstance(module, nn.LayerNorm) and plain:
+        size = module.normalized_shape
+        plain = len(size) == 1 and input.dim() > 0 and input.shape[-1] == size[0]
+        plain &= all(p.dtype == input.dtype for p in module.parameters(recurse=False))
+    if not plain or torch.is_autocast_enabled(input.device.type) or not input.is_contiguous():
+        return type(module).forward(module, *args, **kwargs)
+    return _with_gradient(torch.empty_like(input), input, *module.parameters(recurse=False))
+
+
+_LOOKED_INTO = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,  # pyright: ignore[reportPrivateUsage]
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+    nn.AdaptiveLogSoftmaxWithLoss,
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.ParameterList,
+    nn.ParameterDict,
+)
+
+
+@functools.cache
+def is_leaf_type(kind: type) -> bool:
+    """Whether modules of this class are one node: torch.nn layers that multiply by no weight.
+
+    >>> is_leaf_type(nn.LayerNorm), is_leaf_type(nn.Linear)
+    (True, False)
+    """
+    own = kind.__module__.startswith("torch.nn.modules.") and kind is not nn.Module
+    return own and not issubclass(kind, _LOOKED_INTO)

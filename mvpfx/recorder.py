@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from mvpfx.hf import is_cache
 from mvpfx.interception import Interception, SideEffects
-from mvpfx.leaves import FAKE_RULES, Leaf
+from mvpfx.leaves import FAKE_RULES, Leaf, fake_module
 from mvpfx.recording import CONSTANTS, SELF, NotCapturable, Opaque, Recording
 from mvpfx.sizes import SizeNodes
 from mvpfx.torch_private import (
@@ -104,7 +104,7 @@ class Recorder(TorchFunctionMode):
 
     def leaf_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call of a torch.nn layer as one call_module node."""
-        out = self.quietly(type(module).forward, module, *args, **kwargs)
+        out = self.quietly(fake_module, module, args, kwargs)
         target = self.module_names[id(module)]
         node = self._node("call_module", target, self.node_of(tuple(args)), self.node_of(kwargs))
         return self.track(out, node)

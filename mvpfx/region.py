@@ -15,6 +15,8 @@ from torch import Tensor, fx, nn
 
 from mvpfx.hf import is_cache, is_checkpointed_block
 from mvpfx.interception import is_capturing
+from mvpfx.leaves import is_leaf_type
+from mvpfx.mask import Mask
 from mvpfx.recorder import Recorder
 from mvpfx.recording import CONSTANTS, NotCapturable, Recording
 from mvpfx.swap import original_class, runtime_of, set_runtime
@@ -241,17 +243,30 @@ _PLAIN = frozenset((bool, int, float, str, type(None)))
 
 
 def _configuration(module: nn.Module) -> tuple[Any, ...]:
-    """Every plain attribute a forward may branch on: flags, numbers, names, and configs."""
+    """All that a forward may branch on besides its arguments: the modules there are, their plain
+    attributes, and those of their configs. Leaves and masks are called live, so theirs are not.
+    """
     values: list[Any] = []
-    seen: set[int] = set()
-    for part in module.modules():
+    configs: list[Any] = []
+    stack = [module]
+    while stack:
+        part = stack.pop()
         attributes = part.__dict__
-        values.append(len(part._forward_hooks) + len(part._forward_pre_hooks))
+        values.append(type(part))
         values.extend(v for v in attributes.values() if type(v) in _PLAIN)
         config = attributes.get("config")
-        if config is not None and id(config) not in seen and hasattr(config, "__dict__"):
-            seen.add(id(config))
-            values.extend(v for v in config.__dict__.values() if type(v) in _PLAIN)
+        if config is not None and not any(config is seen for seen in configs):
+            configs.append(config)
+        for child in part._modules.values():
+            values.append(id(child))
+            if child is None or isinstance(child, Mask):
+                continue
+            values.append(len(child._forward_hooks) + len(child._forward_pre_hooks))
+            if not is_leaf_type(type(child)):
+                stack.append(child)
+    for config in configs:
+        fields = getattr(config, "__dict__", {})
+        values.extend(v for v in fields.values() if type(v) in _PLAIN)
     return tuple(values)
 
 

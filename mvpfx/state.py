@@ -84,3 +84,17 @@ def mark_optimizer_built(model: nn.Module) -> None:
     state = find_state(model)
     if state is not None:
         state.optimizer_built = True
+
+
+def report_of(model: nn.Module) -> Report:
+    """The report of a converted model: rows, decisions, output difference and latency as data.
+
+    Raises:
+        ValueError: `model` was not made by `convert`.
+    """
+    state = find_state(model)
+    if state is None or state.report is None:
+        raise ValueError(
+            f"{type(model).__name__} was not made by mvpfx.convert, so there is no report of it."
+        )
+    return state.report

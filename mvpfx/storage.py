@@ -12,8 +12,9 @@ keep it, and a sparse layer that follows finds its input already in place.
 from __future__ import annotations
 
 import math
+import threading
 import warnings
-from contextlib import nullcontext
+import weakref
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 Layout = Literal["feature_major", "token_major"]
 INDEX_DTYPE = torch.int32
 """MKL converts 64-bit indices in every call."""
+CPU_DTYPES = (torch.float32, torch.float64)
+TILE = 128
+"""Tokens that are multiplied at once on a CPU, where there are more than twice as many."""
 BLOCKS = (32, 16, 8, 4)
 """Block sizes of BSR, preferred first."""
 OPERATOR = "mvpfx::sparse_linear"
@@ -141,25 +145,18 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., K]` to `[..., N]`.
 
-        The result's dtype is the values', or autocast's where autocast is on.
+        The result's dtype is the input's, or autocast's where autocast is on.
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(
                 f"the input has {x.shape[-1]} features, and this layer takes {self.in_features}."
             )
         device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
-        out_dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-        with torch.autocast(device, enabled=False) if autocast else nullcontext():
-            if autocast:
-                x = x.to(self.values.dtype)
-            tokens = math.prod(x.shape[:-1])
-            x_t = x.reshape(tokens, self.in_features).t().contiguous()
-            y = self._multiply(x_t).t()
-            if self.output_layout == "token_major":
-                y = y.contiguous()
-            y = y.view(*x.shape[:-1], self.out_features)
-            return y.to(out_dtype) if autocast else y
+        if not torch.is_autocast_enabled(device):
+            return self._compute(x)
+        with torch.autocast(device, enabled=False):
+            out = self._compute(x.to(self.values.dtype))
+        return out.to(torch.get_autocast_dtype(device))
 
     def extra_repr(self) -> str:
         """Describe the layer as `print` shows it."""
@@ -169,14 +166,53 @@ class SparseLinear(nn.Module):
             f"nonzero={self.values.numel()}, output_layout={self.output_layout}"
         )
 
-    def _multiply(self, x_t: Tensor) -> Tensor:
-        arguments = (self.crow_indices, self.col_indices, self.values, self.bias, x_t)
-        # The operator is what autograd, torch.compile, torch.export and fake tensors see; its
-        # kernel alone saves 10 microseconds a call where none of them looks.
-        plain = type(x_t) is Tensor and not torch.compiler.is_compiling()
-        if plain and not torch.is_grad_enabled():
-            return _sparse_linear(*arguments, self.out_features)
-        return torch.ops.mvpfx.sparse_linear(*arguments, self.out_features)
+    def _compute(self, x: Tensor) -> Tensor:
+        *front, features = x.shape
+        flat = x.reshape(math.prod(front), features)
+        buffers, parameters = self._buffers, self._parameters
+        matrix = (buffers["crow_indices"], buffers["col_indices"], parameters["values"])
+        bias, rows = parameters["bias"], self.out_features
+        # The operator is what autograd, torch.compile, torch.export and fake tensors see; where
+        # none of them looks, its kernel alone saves 10 microseconds a call.
+        plain = type(x) is Tensor and not torch.compiler.is_compiling()
+        if not plain or torch.is_grad_enabled():
+            y = torch.ops.mvpfx.sparse_linear(*matrix, bias, flat.t().contiguous(), rows).t()
+        elif len(flat) <= 2 * TILE or not x.is_cpu:
+            y = _sparse_linear(*matrix, bias, _transposes.of(x, flat), rows).t()
+        else:
+            return _tiled(*matrix, bias, flat, rows).view(*front, rows)
+        if self.output_layout == "token_major":
+            y = y.contiguous()
+        return y.view(*front, rows)
+
+
+class _Transposes(threading.local):
+    """The last input made feature-major, while it lives: query, key and value share theirs."""
+
+    def __init__(self) -> None:
+        self.source: weakref.ref[Tensor] | None = None
+        self.state: tuple[int, int] = (0, 0)
+        self.value: Tensor | None = None
+
+    def of(self, x: Tensor, flat: Tensor) -> Tensor:
+        """Return `flat` `[T, K]`, which views `x`, as contiguous `[K, T]`."""
+        x_t = flat.t()
+        if x_t.is_contiguous() or x.is_inference():  # inference tensors count no versions
+            return x_t.contiguous()
+        state = (x._version, x.data_ptr())
+        known = self.source is not None and self.source() is x and self.state == state
+        if self.value is None or not known:
+            self.value = x_t.contiguous()
+            self.source, self.state = weakref.ref(x, self.forget), state
+        return self.value
+
+    def forget(self, source: object) -> None:
+        """Let go of the value when its input is gone."""
+        if self.source is source:
+            self.source = self.value = None
+
+
+_transposes = _Transposes()
 
 
 def supports(dtype: torch.dtype, device: torch.device | str) -> bool:
@@ -185,7 +221,7 @@ def supports(dtype: torch.dtype, device: torch.device | str) -> bool:
     Where not, `SparseLinear` still answers, by way of float32.
     """
     if torch.device(device).type == "cpu":
-        return dtype in (torch.float32, torch.float64)
+        return dtype in CPU_DTYPES
     return dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -227,7 +263,7 @@ def _sparse_linear(
     if x_t.shape[1] == 0 or values.numel() == 0:
         out = x_t.new_zeros(rows, x_t.shape[1])
         return out if bias is None else out + bias[:, None]
-    if not supports(dtype, x_t.device):
+    if x_t.is_cpu and dtype not in CPU_DTYPES:
         values, x_t = values.float(), x_t.float()
         bias = None if bias is None else bias.float()
     size = (rows, x_t.shape[0])
@@ -235,6 +271,17 @@ def _sparse_linear(
     matrix = make(crow, col, values, size, check_invariants=False)
     out = matrix @ x_t if bias is None else torch.addmm(bias[:, None], matrix, x_t)
     return out.to(dtype)
+
+
+def _tiled(
+    crow: Tensor, col: Tensor, values: Tensor, bias: Tensor | None, x: Tensor, rows: int
+) -> Tensor:
+    """`[T, K]` -> `[T, N]` by tiles of tokens, whose feature-major rows stay in cache."""
+    out = x.new_empty(len(x), rows)
+    for start in range(0, len(x), TILE):
+        tile = x[start : start + TILE].t().contiguous()
+        out[start : start + TILE] = _sparse_linear(crow, col, values, bias, tile, rows).t()
+    return out
 
 
 def _dense(crow: Tensor, col: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
