@@ -1,9 +1,18 @@
-"""Checks of single values that users pass in, each with its message."""
+"""Checks of single values and weights that users pass in, each with its message."""
 
 from __future__ import annotations
 
 import math
 from numbers import Real
+
+import torch
+from torch import Tensor
+
+from mvpfx.site import Site
+from mvpfx.torch_private import is_fake
+
+MASKABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes of weights that can be masked."""
 
 
 def as_number(value: object, name: str) -> float:
@@ -53,3 +62,39 @@ def _as_float(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number; found {value!r} ({type(value).__name__}).")
     return float(value)
+
+
+def check_weight(site: Site, weight: Tensor) -> None:
+    """Make sure that a weight can be pruned: floating point, with values, none of them NaN.
+
+    Raises:
+        TypeError: if its dtype cannot be masked.
+        ValueError: if it is on the meta device or holds NaN.
+    """
+    left_out = f'overrides={{"{site.module_name or site.name}": None}}'
+    if weight.dtype not in MASKABLE:
+        needed = ", ".join(str(dtype).removeprefix("torch.") for dtype in MASKABLE)
+        found = str(weight.dtype).removeprefix("torch.")
+        raise TypeError(
+            f"{site.name} holds {found} values, and a mask needs one of {needed}. "
+            f"Prune before quantising, or leave the site out: {left_out}"
+        )
+    if weight.device.type == "meta":
+        raise ValueError(
+            f"{site.name} is on the meta device and has no values to prune. "
+            "Load the model's weights first, then call prepare."
+        )
+    count = count_nan(weight)
+    if count:
+        raise ValueError(
+            f"{site.name} has {count} NaN among its {weight.numel()} weights. "
+            f"Load sound weights before calling prepare, or leave the site out: {left_out}"
+        )
+
+
+@torch.no_grad()
+def count_nan(values: Tensor) -> int:
+    """How many of `values` are NaN: one sum where none is. Fake tensors have none."""
+    if is_fake(values) or not torch.isnan(values.sum()):
+        return 0
+    return int(torch.isnan(values).sum())

@@ -8,6 +8,7 @@ from typing import Any, Self, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from mvpfx.checks import check_weight, count_nan
 from mvpfx.config import Rule
 from mvpfx.criterion import Criterion, find
 from mvpfx.granularity import from_matrix, to_matrix
@@ -16,8 +17,6 @@ from mvpfx.schedule import Schedule
 from mvpfx.site import Site
 from mvpfx.torch_private import is_fake
 
-MASKABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Dtypes of weights that can be masked."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -51,7 +50,7 @@ class Mask(nn.Module):
         step: optimizer steps the scheduler has counted.
 
     Raises:
-        TypeError: if the weight's dtype is none of `MASKABLE`.
+        TypeError: if the weight is not floating point of 16 bits or more.
         ValueError: if it is on the meta device, holds NaN, or its units do not tile it.
     """
 
@@ -146,7 +145,7 @@ class Mask(nn.Module):
 
     @property
     def units(self) -> int:
-        """Number of units."""
+        """Number of units, kept or not."""
         rows, cols = self.granularity.units_shape(self.site)
         return rows * cols
 
@@ -164,12 +163,6 @@ class Mask(nn.Module):
         """Fraction of units that are kept, counted."""
         kept = self.kept()
         return int(kept.sum()) / kept.numel()
-
-    @property
-    def units(self) -> int:
-        """Number of units, kept or not."""
-        rows, cols = self.granularity.units_shape(self.site)
-        return rows * cols
 
     def unit_weights(self) -> Tensor:
         """What stands for each unit, float32 `[r, c]`, detached: the weight itself, without a copy
@@ -268,39 +261,3 @@ class Mask(nn.Module):
         """Site, criterion and target, as `print(model)` shows them."""
         target = f"threshold={self.threshold:.4g}" if self.density is None else ""
         return f"{self.site.name}, {self.rule.criterion}, {target or f'density={self.density:.4g}'}"
-
-
-def check_weight(site: Site, weight: Tensor) -> None:
-    """Make sure that a weight can be pruned: floating point, with values, none of them NaN.
-
-    Raises:
-        TypeError: if its dtype cannot be masked.
-        ValueError: if it is on the meta device or holds NaN.
-    """
-    left_out = f'overrides={{"{site.module_name or site.name}": None}}'
-    if weight.dtype not in MASKABLE:
-        needed = ", ".join(str(dtype).removeprefix("torch.") for dtype in MASKABLE)
-        found = str(weight.dtype).removeprefix("torch.")
-        raise TypeError(
-            f"{site.name} holds {found} values, and a mask needs one of {needed}. "
-            f"Prune before quantising, or leave the site out: {left_out}"
-        )
-    if weight.device.type == "meta":
-        raise ValueError(
-            f"{site.name} is on the meta device and has no values to prune. "
-            "Load the model's weights first, then call prepare."
-        )
-    count = count_nan(weight)
-    if count:
-        raise ValueError(
-            f"{site.name} has {count} NaN among its {weight.numel()} weights. "
-            f"Load sound weights before calling prepare, or leave the site out: {left_out}"
-        )
-
-
-@torch.no_grad()
-def count_nan(values: Tensor) -> int:
-    """How many of `values` are NaN: one sum where none is. Fake tensors have none."""
-    if is_fake(values) or not torch.isnan(values.sum()):
-        return 0
-    return int(torch.isnan(values).sum())

@@ -1,4 +1,4 @@
-"""SparsityScheduler: moves all masks of a model along their schedules, one optimizer step a call."""
+"""SparsityScheduler: moves all masks of a model along their schedules, step by step."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class SparsityScheduler:
         if self.step_count >= self.total_steps:
             raise ValueError(
                 f"step {self.step_count + 1} is past the end: the run has "
-                f"total_steps={self.total_steps}. Call scheduler.step() once per optimizer step, not "
-                "per batch, or build SparsityScheduler with as many total_steps as you take."
+                f"total_steps={self.total_steps}. Call scheduler.step() once per optimizer step, "
+                "not per batch, or build SparsityScheduler with as many total_steps as you take."
             )
         self.step_count += 1
         for mask in self._masks:
@@ -82,9 +82,10 @@ class SparsityScheduler:
         """
         wanted = set(self.state_dict())
         if set(state) != wanted:
+            found = ", ".join(sorted(state)) or "nothing"
             raise ValueError(
-                f"a scheduler's state has {', '.join(sorted(wanted))}; found "
-                f"{', '.join(sorted(state)) or 'nothing'}. Pass what scheduler.state_dict() returned."
+                f"a scheduler's state has {', '.join(sorted(wanted))}; found {found}. "
+                "Pass what scheduler.state_dict() returned."
             )
         total_steps = as_count(state["total_steps"], "total_steps")
         if total_steps != self.total_steps:
