@@ -17,7 +17,6 @@ from mvpfx.schedule import Schedule
 from mvpfx.site import Site
 from mvpfx.torch_private import is_fake
 
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
