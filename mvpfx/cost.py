@@ -9,8 +9,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvpfx.storage import SparseLinear
 
 INDEX_BYTES = 4
+COPIES_BYTES = 8 * 2**20
+"""Bytes of copies of one weight that are gone through while timing it."""
+MOST_COPIES = 8
 
 BREAK_EVEN: dict[str, dict[str, dict[int, float]]] = {
     "cpu": {
@@ -20,9 +27,9 @@ BREAK_EVEN: dict[str, dict[str, dict[int, float]]] = {
 }
 """Device type -> storage -> tokens -> density below which the storage took less than `MARGIN` of
 the dense time, transposes at both edges included. Measured by `benchmarks/break_even.py`, float32,
-one thread; `benchmarks/results/break_even.json` holds the measurements behind it."""
+one thread; `benchmarks/results/break_even/` holds the measurements behind it."""
 
-MARGIN = 0.9
+MARGIN = 0.95
 """A storage is clearly faster where it takes less than this fraction of the dense time."""
 
 
@@ -102,6 +109,44 @@ def compare(
         for name, function in functions.items():
             times[name].append(clock(function))
     return {name: quartiles(values) for name, values in times.items()}
+
+
+def measure_storages(
+    weight: Tensor, bias: Tensor | None, tokens: int, blocks: Mapping[str, int], rounds: int = 11
+) -> dict[str, Quartiles]:
+    """Time `x W^T + b` with `W` `[N, K]` dense and in sparse storages, token-major in and out.
+
+    Several copies of a small weight are gone through in turn, as the layers of a model are:
+    otherwise the weight would sit in a cache that no model leaves it in.
+
+    Args:
+        weight: `[N, K]`; its strides are kept for the dense call.
+        bias: `[N]` or None.
+        tokens: rows of `x`.
+        blocks: storage -> block size (1 for csr).
+        rounds: timed rounds.
+
+    Returns:
+        "dense" and each storage -> quartiles of the milliseconds of one call.
+    """
+    # Fixed values: the random generator is the user's.
+    x = torch.linspace(-1, 1, tokens * weight.shape[1], device=weight.device)
+    x = x.to(weight.dtype).view(tokens, -1)
+    copies = max(1, min(MOST_COPIES, COPIES_BYTES // (weight.numel() * weight.element_size())))
+    dense = [weight.clone() for _ in range(copies)]
+    calls: dict[str, Callable[[], object]] = {
+        "dense": lambda: [F.linear(x, w, bias) for w in dense]
+    }
+    for name, block in blocks.items():
+        layers = [SparseLinear.from_dense(weight, bias, block) for _ in range(copies)]
+        # A new view each time: a layer would know the same tensor again.
+        calls[name] = lambda layers=layers: [layer(x.view_as(x)) for layer in layers]
+    with torch.no_grad():
+        times = compare(calls, weight.device, rounds)
+    return {
+        name: Quartiles(t.median_ms / copies, t.low_ms / copies, t.high_ms / copies)
+        for name, t in times.items()
+    }
 
 
 def quartiles(values_ms: list[float]) -> Quartiles:

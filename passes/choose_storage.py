@@ -12,17 +12,16 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mvpfx.cost import MARGIN, break_even, compare
+from mvpfx.cost import MARGIN, break_even, measure_storages
 from mvpfx.facts import SPARSE
 from mvpfx.hf import is_conv1d
 from mvpfx.layer import Layer, find_layers, is_linear, is_own_call, tied_names
 from mvpfx.pipeline import Decision, Pass
 from mvpfx.program import Program, Timing, full_name
 from mvpfx.site import Site
-from mvpfx.storage import SparseLinear, find_block, stored_fraction
+from mvpfx.storage import find_block, stored_fraction
 
 LOWERINGS = ("auto", "dense", *SPARSE)
 HOPELESS = 0.6
@@ -37,7 +36,7 @@ class ChooseStorage(Pass):
 
     Args:
         lowering: "auto" takes the fastest; "dense", "csr" or "bsr" is taken wherever it can be.
-        rounds: timed calls of each candidate.
+        rounds: timed rounds of each measurement.
 
     Raises:
         ValueError: the lowering is unknown.
@@ -47,7 +46,7 @@ class ChooseStorage(Pass):
     requires: ClassVar[tuple[str, ...]] = ("masks_folded",)
     ensures: ClassVar[tuple[str, ...]] = ("storages_chosen",)
     lowering: str = "auto"
-    rounds: int = 9
+    rounds: int = 11
 
     def __post_init__(self) -> None:
         if self.lowering not in LOWERINGS:
@@ -132,33 +131,16 @@ class _Stopwatch:
         tokens: int,
         candidates: dict[str, int],
     ) -> dict[str, float]:
-        """Return median milliseconds of dense and of each candidate storage."""
+        """Return milliseconds of dense and of each candidate storage."""
         nonzero = round(50 * int(torch.count_nonzero(weight)) / weight.numel())
         key = (*weight.shape, weight.dtype, str(weight.device), out_dim, bias is None, tokens)
         key = (*key, nonzero, *candidates.items())
         if key not in self._known:
-            self._known[key] = self._run(weight, bias, out_dim, tokens, candidates)
+            strided = weight.contiguous() if out_dim == 0 else weight.t().contiguous().t()
+            times = measure_storages(strided, bias, tokens, candidates, self.rounds)
+            # The lower quartile: what a busy machine adds is not the storage's cost.
+            self._known[key] = {name: t.low_ms for name, t in times.items()}
         return self._known[key]
-
-    def _run(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        out_dim: int,
-        tokens: int,
-        candidates: dict[str, int],
-    ) -> dict[str, float]:
-        # Fixed values: convert must not move the random generator.
-        x = torch.linspace(-1, 1, tokens * weight.shape[1], device=weight.device)
-        x = x.to(weight.dtype).view(tokens, -1)
-        stored = weight.contiguous() if out_dim == 0 else weight.t().contiguous().t()
-        calls = {"dense": lambda: F.linear(x, stored, bias)}
-        for name, block in candidates.items():
-            sparse = SparseLinear.from_dense(weight, bias, block)
-            calls[name] = lambda sparse=sparse: sparse(x)
-        with torch.no_grad():
-            times = compare(calls, weight.device, self.rounds)
-        return {name: t.median_ms for name, t in times.items()}
 
 
 def _by_table(weight: Tensor, candidates: dict[str, int], dense: str) -> tuple[str, str]:
