@@ -3,8 +3,8 @@
 Times `F.linear` against `SparseLinear`, token-major in and out, so both transposes count, going
 through several copies of a weight as a model does through its layers. For each storage and token
 count the break-even density is where the sparse time crosses `MARGIN` of the dense one,
-interpolated between measured densities; the smallest of all shapes counts, rounded down to a
-hundredth. `mvpfx/cost.py` holds the resulting table, and a test holds the two equal.
+interpolated between measured densities; the smallest of all shapes of a size class counts, rounded
+down to a hundredth. `mvpfx/cost.py` holds the resulting table, and a test holds the two equal.
 
     python -m benchmarks.break_even
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.results_file import FOLDER, environment
-from mvpfx.cost import MARGIN, Quartiles, measure_storages
+from mvpfx.cost import MARGIN, Quartiles, measure_storages, size_class
 
 RESULTS = FOLDER / "break_even"
 SHAPES = ((384, 384), (1536, 384), (384, 1536), (768, 768))
@@ -101,18 +101,19 @@ def random_weight(shape: tuple[int, int], density: float, block: int) -> Tensor:
     return torch.randn(shape, generator=generator) * mask
 
 
-def table(points: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Storage -> tokens (as text, for JSON) -> break-even density."""
-    curves: dict[tuple[str, int, str], list[tuple[float, float]]] = {}
+def table(points: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Storage -> size of the weight -> tokens (as text, for JSON) -> break-even density."""
+    curves: dict[tuple[str, str, str, str], list[tuple[float, float]]] = {}
     for point in points:
-        key = (point["storage"], point["tokens"], point["shape"])
+        rows, columns = map(int, point["shape"].split(" x "))
+        key = (point["storage"], size_class(rows * columns), str(point["tokens"]), point["shape"])
         ratio = point["sparse_low_ms"] / point["dense_low_ms"]
         curves.setdefault(key, []).append((point["density"], ratio))
-    found: dict[str, dict[str, float]] = {}
-    for (storage, tokens, _), curve in curves.items():
-        row = found.setdefault(storage, {})
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for (storage, size, tokens, _), curve in curves.items():
+        row = found.setdefault(storage, {}).setdefault(size, {})
         limit = math.floor(crossing(curve) * 100) / 100
-        row[str(tokens)] = min(row.get(str(tokens), 1.0), limit)
+        row[tokens] = min(row.get(tokens, 1.0), limit)
     return found
 
 

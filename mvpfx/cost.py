@@ -19,15 +19,25 @@ COPIES_BYTES = 8 * 2**20
 """Bytes of copies of one weight that are gone through while timing it."""
 MOST_COPIES = 8
 
-BREAK_EVEN: dict[str, dict[str, dict[int, float]]] = {
+BREAK_EVEN: dict[str, dict[str, dict[str, dict[int, float]]]] = {
     "cpu": {
-        "csr": {1: 0.05, 128: 0.1, 1024: 0.05},
-        "bsr": {1: 0.05, 128: 0.1, 1024: 0.05},
-    },
+        "csr": {
+            "small": {1: 0.0, 16: 0.06, 128: 0.08, 1024: 0.02},
+            "large": {1: 0.04, 16: 0.2, 128: 0.17, 1024: 0.12},
+        },
+        "bsr": {
+            "small": {1: 0.0, 16: 0.0, 128: 0.08, 1024: 0.05},
+            "large": {1: 0.0, 16: 0.09, 128: 0.18, 1024: 0.1},
+        },
+    }
 }
-"""Device type -> storage -> tokens -> density below which the storage took less than `MARGIN` of
-the dense time, transposes at both edges included. Measured by `benchmarks/break_even.py`, float32,
-one thread; `benchmarks/results/break_even/` holds the measurements behind it."""
+"""Device type -> storage -> size of the weight -> tokens -> density below which the storage took
+less than `MARGIN` of the dense time, transposes at both edges included. Measured by
+`benchmarks/break_even.py`, float32, one thread; `benchmarks/results/break_even/` holds the
+measurements behind it."""
+
+LARGE_VALUES = 2**18
+"""A weight of at least so many values is large: what a call costs besides counts for little."""
 
 MARGIN = 0.95
 """A storage is clearly faster where it takes less than this fraction of the dense time."""
@@ -70,14 +80,27 @@ def storage_bytes(
     raise ValueError(f"unknown storage {storage!r}; known: dense, reduced, csr, bsr")
 
 
-def break_even(storage: str, tokens: int, device: str, dtype: torch.dtype) -> float:
+def size_class(values: int) -> str:
+    """Return "small" or "large" for a weight of so many values."""
+    return "large" if values >= LARGE_VALUES else "small"
+
+
+def break_even(storage: str, tokens: int, values: int, device: str, dtype: torch.dtype) -> float:
     """Density below which `storage` is faster than dense; 0.0 where nothing was measured.
 
     Between measured token counts the lower density counts, outside them the nearest.
+
+    Args:
+        storage: csr or bsr.
+        tokens: rows of activations.
+        values: size of the dense weight.
+        device: its device type.
+        dtype: its dtype; only float32 was measured.
     """
-    table = BREAK_EVEN.get(device, {}).get(storage) if dtype is torch.float32 else None
-    if not table:
+    sizes = BREAK_EVEN.get(device, {}).get(storage)
+    if not sizes or dtype is not torch.float32:
         return 0.0
+    table = sizes[size_class(values)]
     below = max((t for t in table if t <= tokens), default=min(table))
     above = min((t for t in table if t >= tokens), default=max(table))
     return min(table[below], table[above])

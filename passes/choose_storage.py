@@ -147,7 +147,7 @@ def _by_table(weight: Tensor, candidates: dict[str, int], dense: str) -> tuple[s
     chosen, reasons = dense, list[str]()
     for name, block in candidates.items():
         density = stored_fraction(weight, block)
-        limit = break_even(name, DEFAULT_TOKENS, weight.device.type, weight.dtype)
+        limit = break_even(name, DEFAULT_TOKENS, weight.numel(), weight.device.type, weight.dtype)
         sign = "<" if density < limit else ">="
         reasons.append(f"{name} density {density:.3f} {sign} break-even {limit:.3f}")
         if density < limit:
