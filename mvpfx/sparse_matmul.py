@@ -1,0 +1,153 @@
+"""The sparse matmul under `SparseLinear`: its kernel, its operator and its gradients.
+
+Shapes: `N` output features, `K` input features, `T` tokens. A matrix is `crow_indices`,
+`col_indices` and `values`, where `values` is `[nnz]` for CSR and `[blocks, b, b]` for BSR.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CPU_DTYPES = (torch.float32, torch.float64)
+"""What MKL multiplies."""
+TILE = 128
+"""Tokens that are multiplied at once on a CPU, where there are more than twice as many."""
+OPERATOR = "mvpfx::sparse_linear"
+
+
+def supports(dtype: torch.dtype, device: torch.device | str) -> bool:
+    """Whether torch multiplies sparse matrices of `dtype` on `device`.
+
+    Where not, `SparseLinear` still answers, by way of float32.
+    """
+    if torch.device(device).type == "cpu":
+        return dtype in CPU_DTYPES
+    return dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def multiply(
+    crow: Tensor, col: Tensor, values: Tensor, bias: Tensor | None, x_t: Tensor, rows: int
+) -> Tensor:
+    """`[N, K] @ [K, T] + [N, 1]` -> `[N, T]`.
+
+    The sparse tensor is put together anew in each call (4 microseconds), so nothing can be stale
+    after `.to()`, `load_state_dict`, `deepcopy` or an optimizer step.
+    """
+    dtype = x_t.dtype
+    if x_t.shape[1] == 0 or values.numel() == 0:
+        out = x_t.new_zeros(rows, x_t.shape[1])
+        return out if bias is None else out + bias[:, None]
+    if x_t.is_cpu and dtype not in CPU_DTYPES:
+        values, x_t = values.float(), x_t.float()
+        bias = None if bias is None else bias.float()
+    size = (rows, x_t.shape[0])
+    make = torch.sparse_csr_tensor if values.dim() == 1 else torch.sparse_bsr_tensor
+    matrix = make(crow, col, values, size, check_invariants=False)
+    out = matrix @ x_t if bias is None else torch.addmm(bias[:, None], matrix, x_t)
+    return out.to(dtype)
+
+
+def multiply_tiled(
+    crow: Tensor, col: Tensor, values: Tensor, bias: Tensor | None, x: Tensor, rows: int
+) -> Tensor:
+    """`[T, K]` -> `[T, N]` by tiles of tokens, whose feature-major rows stay in cache."""
+    out = x.new_empty(len(x), rows)
+    for start in range(0, len(x), TILE):
+        tile = x[start : start + TILE].t().contiguous()
+        out[start : start + TILE] = multiply(crow, col, values, bias, tile, rows).t()
+    return out
+
+
+def to_dense(crow: Tensor, col: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
+    block = values.shape[-1] if values.dim() == 3 else 1
+    blocks = values if values.dim() == 3 else values.reshape(-1, 1, 1)
+    grid = values.new_zeros(rows // block, columns // block, block, block)
+    index = (_row_indices(crow, col.numel()), col.long())
+    return grid.index_put(index, blocks).transpose(1, 2).reshape(rows, columns)
+
+
+def _row_indices(crow: Tensor, count: int) -> Tensor:
+    rows = torch.arange(crow.numel() - 1, device=crow.device)
+    return rows.repeat_interleave(crow.diff().long(), output_size=count)
+
+
+class Transposes(threading.local):
+    """The last input made feature-major, while it lives: query, key and value share theirs."""
+
+    def __init__(self) -> None:
+        self.source: weakref.ref[Tensor] | None = None
+        self.state: tuple[int, int] = (0, 0)
+        self.value: Tensor | None = None
+
+    def of(self, x: Tensor, flat: Tensor) -> Tensor:
+        """Return `flat` `[T, K]`, which views `x`, as contiguous `[K, T]`."""
+        x_t = flat.t()
+        if x_t.is_contiguous() or x.is_inference():  # inference tensors count no versions
+            return x_t.contiguous()
+        state = (x._version, x.data_ptr())
+        known = self.source is not None and self.source() is x and self.state == state
+        if self.value is None or not known:
+            self.value = x_t.contiguous()
+            self.source, self.state = weakref.ref(x, self.forget), state
+        return self.value
+
+    def forget(self, source: object) -> None:
+        """Let go of the value when its input is gone."""
+        if self.source is source:
+            self.source = self.value = None
+
+
+transposes = Transposes()
+
+
+def _fake(
+    crow: Tensor, col: Tensor, values: Tensor, bias: Tensor | None, x_t: Tensor, rows: int
+) -> Tensor:
+    return x_t.new_empty(rows, x_t.shape[1])
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    crow, col, values, bias, x_t, _ = inputs
+    ctx.save_for_backward(crow, col, values, x_t)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Dense gradients, picked at the stored places; `grad` is `[N, T]`."""
+    crow, col, values, x_t = ctx.saved_tensors
+    rows, columns = grad.shape[0], x_t.shape[0]
+    grad_values = grad_x = grad_bias = None
+    if ctx.needs_input_grad[2]:
+        block = values.shape[-1] if values.dim() == 3 else 1
+        grid = (grad @ x_t.t()).reshape(rows // block, block, columns // block, block)
+        picked = grid.transpose(1, 2)[_row_indices(crow, col.numel()), col.long()]
+        grad_values = picked.reshape(values.shape)
+    if ctx.has_bias and ctx.needs_input_grad[3]:
+        grad_bias = grad.sum(1)
+    if ctx.needs_input_grad[4]:
+        grad_x = to_dense(crow, col, values, rows, columns).t() @ grad
+    return None, None, grad_values, grad_bias, grad_x, None
+
+
+def _hear_beta_warning() -> None:
+    """Let torch say now, once, that its sparse CSR support is in beta state."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
+
+
+_hear_beta_warning()
+torch.library.define(
+    OPERATOR,
+    "(Tensor crow_indices, Tensor col_indices, Tensor values, Tensor? bias, Tensor x_t, "
+    "int out_features) -> Tensor",
+)
+torch.library.impl(OPERATOR, ("cpu", "cuda"), multiply)
+torch.library.register_fake(OPERATOR, _fake)
+torch.library.register_autograd(OPERATOR, _backward, setup_context=_save_for_backward)
