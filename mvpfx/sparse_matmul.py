@@ -15,20 +15,10 @@ import torch
 from torch import Tensor
 
 CPU_DTYPES = (torch.float32, torch.float64)
-"""What MKL multiplies."""
+"""What torch multiplies sparse on a CPU; other dtypes go by way of float32."""
 TILE = 128
 """Tokens that are multiplied at once on a CPU, where there are more than twice as many."""
 OPERATOR = "mvpfx::sparse_linear"
-
-
-def supports(dtype: torch.dtype, device: torch.device | str) -> bool:
-    """Whether torch multiplies sparse matrices of `dtype` on `device`.
-
-    Where not, `SparseLinear` still answers, by way of float32.
-    """
-    if torch.device(device).type == "cpu":
-        return dtype in CPU_DTYPES
-    return dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def multiply(
@@ -65,6 +55,7 @@ def multiply_tiled(
 
 
 def to_dense(crow: Tensor, col: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
+    """Return the matrix as an ordinary tensor `[N, K]`; differentiable in `values`."""
     block = values.shape[-1] if values.dim() == 3 else 1
     blocks = values if values.dim() == 3 else values.reshape(-1, 1, 1)
     grid = values.new_zeros(rows // block, columns // block, block, block)

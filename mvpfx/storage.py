@@ -185,7 +185,7 @@ def stored_fraction(weight: Tensor, block: int) -> float:
     if weight.numel() == 0:
         return 0.0
     rows, columns = weight.shape
-    grid = (weight != 0).view(rows // block, block, columns // block, block)
+    grid = (weight != 0).reshape(rows // block, block, columns // block, block)
     kept = grid.any(dim=3).any(dim=1)
     return int(kept.sum()) / kept.numel()
 
@@ -196,9 +196,9 @@ def find_block(weight: Tensor, waste: float = 1.25) -> int | None:
     With `waste` infinite: the one that stores fewest bytes. None where no size fits.
     """
     rows, columns = weight.shape
-    nonzero = stored_fraction(weight.contiguous(), 1)
+    nonzero = stored_fraction(weight, 1)
     sizes = [b for b in BLOCKS if rows % b == 0 and columns % b == 0]
-    stored = {b: stored_fraction(weight.contiguous(), b) for b in sizes}
+    stored = {b: stored_fraction(weight, b) for b in sizes}
     fitting = [b for b in sizes if stored[b] <= waste * nonzero]
     if waste == math.inf and fitting:
         item = weight.element_size()
