@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any
 
 from mvpfx import criterion as criteria
@@ -201,9 +202,7 @@ def _checked(name: str, value: Any) -> Any:
     if name == "scope":
         return _one_of("scope", value, SCOPES)
     if name == "score_init":
-        if isinstance(value, str):
-            return _one_of("score_init", value, SCORE_INITS)
-        return as_number(value, 'score_init is "magnitude", "zero" or a number; a number')
+        return value if value in SCORE_INITS else _constant_scores(value)
     number = as_number(value, name)
     if name == "threshold" and not 0 < number < 1:
         raise ValueError(
@@ -213,6 +212,15 @@ def _checked(name: str, value: Any) -> Any:
     if name == "penalty_lambda" and number < 0:
         raise ValueError(f"penalty_lambda must be at least 0; found {value!r}.")
     return number
+
+
+def _constant_scores(value: object) -> float:
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return as_number(value, "score_init")
+    choice = ", ".join(f'"{word}"' for word in SCORE_INITS)
+    found = f"{value!r} ({type(value).__name__})"
+    error = ValueError if isinstance(value, str) else TypeError
+    raise error(f"score_init must be {choice} or a number; found {found}.")
 
 
 def _check_schedule(schedule: object) -> None:

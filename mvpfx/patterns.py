@@ -13,7 +13,7 @@ REGEX = "re:"
 
 Change = Mapping[str, Any] | None
 Specificity = tuple[int, int]
-"""(kind, number of dots): an exact parameter, an exact module, the beginning of a name, a regex."""
+"""(3, 0) a parameter, (2, 0) a module, (1, dots) the beginning of a name, (0, 0) a regex."""
 
 
 def check_pattern(pattern: object) -> None:
@@ -39,7 +39,7 @@ def specificity(pattern: str, site: Site) -> Specificity | None:
 
     >>> site = Site("encoder.0.ffn.weight", (4, 4))
     >>> [specificity(p, site) for p in ("encoder.0.ffn.weight", "encoder.0.ffn", "encoder.0")]
-    [(3, 3), (2, 2), (1, 1)]
+    [(3, 0), (2, 0), (1, 1)]
     >>> specificity("re:.*ffn", site), specificity("encoder.1", site)
     ((0, 0), None)
     """
@@ -52,12 +52,11 @@ def _specificity(pattern: str, name: str) -> Specificity | None:
     if pattern.startswith(REGEX):
         expression = re.compile(pattern.removeprefix(REGEX))
         return (0, 0) if expression.fullmatch(name) or expression.fullmatch(module) else None
-    dots = pattern.count(".")
     if pattern == name:
-        return 3, dots
+        return 3, 0
     if pattern == module:
-        return 2, dots
-    return (1, dots) if name.startswith(f"{pattern}.") else None
+        return 2, 0
+    return (1, pattern.count(".")) if name.startswith(f"{pattern}.") else None
 
 
 def merge_overrides(

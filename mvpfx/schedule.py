@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import ClassVar
 
 from mvpfx.checks import as_number
@@ -201,7 +201,7 @@ def from_dict(data: object) -> Schedule:
     kind = _SCHEDULES.get(name) if isinstance(name, str) else None
     if kind is None:
         raise ValueError(f"schedule {name!r} is unknown. Use {', '.join(map(repr, _SCHEDULES))}.")
-    known = kind.__dataclass_fields__
+    known = [f.name for f in fields(kind)]
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(

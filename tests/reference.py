@@ -1,0 +1,136 @@
+"""Oracle in plain NumPy, written from Sanh et al. 2020: movement pruning of two stacked matrices.
+
+The model is `y = x W1'^T W2'^T` with `W' = W * M` and the loss `mean (y - target)^2`, whose
+gradients are written out by hand. Nothing here is shared with the package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+def cubic(step: int, total: int, warmup: int, cooldown: int, first: float, last: float) -> float:
+    """Eq. 5."""
+    if step < warmup:
+        return first
+    if step >= total - cooldown:
+        return last
+    return last + (first - last) * (1 - (step - warmup) / (total - cooldown - warmup)) ** 3
+
+
+def top_v(scores: list[Array], count: int) -> list[Mask]:
+    """Eq. 1 over all scores together; ties go to the lower index."""
+    flat = np.concatenate([part.ravel() for part in scores])
+    chosen = np.zeros(flat.size, dtype=np.bool_)
+    chosen[np.argsort(-flat, kind="stable")[:count]] = True
+    ends = np.cumsum([part.size for part in scores])[:-1]
+    return [m.reshape(s.shape) for m, s in zip(np.split(chosen, ends), scores, strict=True)]
+
+
+def expand(units: Mask, block: tuple[int, int]) -> Mask:
+    """Each unit's value on all of its weights."""
+    return np.kron(units, np.ones(block, dtype=np.bool_))
+
+
+def reduce(matrix: Array, block: tuple[int, int]) -> Array:
+    """Sum over each unit."""
+    rows, cols = matrix.shape[0] // block[0], matrix.shape[1] // block[1]
+    sums = np.zeros((rows, cols))
+    for r in range(rows):
+        for c in range(cols):
+            part = matrix[r * block[0] : (r + 1) * block[0], c * block[1] : (c + 1) * block[1]]
+            sums[r, c] = part.sum()
+    return sums
+
+
+def sigmoid(values: Array) -> Array:
+    return 1 / (1 + np.exp(-values))
+
+
+@dataclass
+class Adam:
+    """Kingma and Ba 2015, Algorithm 1; plain SGD where `plain` is set."""
+
+    lr: float
+    plain: bool
+    steps: int = 0
+    first: dict[int, Array] = field(default_factory=dict[int, Array])
+    second: dict[int, Array] = field(default_factory=dict[int, Array])
+
+    def update(self, values: list[Array], grads: list[Array]) -> None:
+        self.steps += 1
+        for i, (value, grad) in enumerate(zip(values, grads, strict=True)):
+            if self.plain:
+                value -= self.lr * grad
+                continue
+            self.first[i] = 0.9 * self.first.get(i, np.zeros_like(grad)) + 0.1 * grad
+            self.second[i] = 0.999 * self.second.get(i, np.zeros_like(grad)) + 0.001 * grad**2
+            first = self.first[i] / (1 - 0.9**self.steps)
+            second = self.second[i] / (1 - 0.999**self.steps)
+            value -= self.lr * first / (np.sqrt(second) + 1e-8)
+
+
+@dataclass
+class Run:
+    """One fine-tuning run; `step` takes one optimizer step and then moves the schedule."""
+
+    criterion: str
+    weights: list[Array]
+    scores: list[Array]
+    block: tuple[int, int]
+    density: float
+    pooled: bool
+    total: int
+    warmup: int
+    cooldown: int
+    plain: bool
+    lr: float = 1e-2
+    score_lr: float = 1e-1
+    threshold: float = 0.5
+    penalty_lambda: float = 3.0
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.weight_optimizer = Adam(self.lr, self.plain)
+        self.score_optimizer = Adam(self.score_lr, self.plain)
+
+    def scheduled(self, first: float, last: float) -> float:
+        return cubic(self.steps, self.total, self.warmup, self.cooldown, first, last)
+
+    def masks(self) -> list[Mask]:
+        """The units that stay now."""
+        if self.criterion == "soft_movement":
+            return [sigmoid(s) > self.scheduled(0.0, self.threshold) for s in self.scores]
+        ranked = self.scores
+        if self.criterion == "magnitude":
+            ranked = [reduce(np.abs(w), self.block) for w in self.weights]
+        density = self.scheduled(1.0, self.density)
+        if self.pooled:
+            return top_v(ranked, round(density * sum(s.size for s in ranked)))
+        return [top_v([s], round(density * s.size))[0] for s in ranked]
+
+    def step(self, x: Array, target: Array) -> None:
+        masks = [expand(m, self.block) for m in self.masks()]
+        one, two = (w * m for w, m in zip(self.weights, masks, strict=True))
+        hidden = x @ one.T
+        error = 2 * (hidden @ two.T - target) / target.size
+        masked_grads: list[Array] = [(error @ two).T @ x, error.T @ hidden]
+        # Eq. 2, with the straight-through estimator: also where the mask is 0.
+        score_grads = [
+            reduce(g * w, self.block) for g, w in zip(masked_grads, self.weights, strict=True)
+        ]
+        if self.criterion == "soft_movement":
+            now = self.penalty_lambda * self.scheduled(0.0, self.threshold) / self.threshold
+            for grad, s in zip(score_grads, self.scores, strict=True):
+                grad += now / len(self.scores) * sigmoid(s) * (1 - sigmoid(s)) / s.size
+        grads: list[Array] = [g * m for g, m in zip(masked_grads, masks, strict=True)]
+        self.weight_optimizer.update(self.weights, grads)
+        if self.criterion != "magnitude":
+            self.score_optimizer.update(self.scores, score_grads)
+        self.steps += 1
