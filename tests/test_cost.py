@@ -1,0 +1,66 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.break_even import RESULTS, table
+from mvpfx.cost import (
+    BREAK_EVEN,
+    break_even,
+    compare,
+    measure_storages,
+    storage_bytes,
+)
+from mvpfx.storage import SparseLinear
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda p: p.stem)
+def test_the_table_is_the_measured_one(path: Path) -> None:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    measured = {
+        storage: {
+            size: {int(tokens): limit for tokens, limit in row.items()}
+            for size, row in sizes.items()
+        }
+        for storage, sizes in table(result["points"]).items()
+    }
+    assert BREAK_EVEN[path.stem] == measured
+
+
+def test_bytes_are_those_of_the_layer() -> None:
+    weight = torch.zeros(32, 16)
+    weight[:16, :4] = 1
+    for storage, block in (("csr", 1), ("bsr", 4)):
+        layer = SparseLinear.from_dense(weight, block=block)
+        assert layer.storage == storage
+        assert storage_bytes(storage, (32, 16), 64, 4, block) == layer.storage_bytes
+    assert storage_bytes("reduced", (16, 4), 64, 4) == 256
+    with pytest.raises(
+        ValueError, match=r"^unknown storage 'coo'; known: dense, reduced, csr, bsr$"
+    ):
+        storage_bytes("coo", (1, 1), 1, 4)
+
+
+def test_break_even_is_zero_where_nothing_was_measured() -> None:
+    assert break_even("csr", 128, 2**20, "cpu", torch.bfloat16) == 0.0
+    assert break_even("csr", 128, 2**20, "meta", torch.float32) == 0.0
+    limits = BREAK_EVEN["cpu"]["csr"]["large"]
+    assert break_even("csr", 128, 2**20, "cpu", torch.float32) == limits[128]
+    assert break_even("csr", 500, 2**20, "cpu", torch.float32) == min(limits[128], limits[1024])
+    assert break_even("csr", 9999, 2**20, "cpu", torch.float32) == limits[1024]
+
+
+def test_compare_takes_turns() -> None:
+    calls: list[str] = []
+    times = compare({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2)
+    assert calls == ["a", "b"] * 4
+    assert all(t.low_ms <= t.median_ms <= t.high_ms for t in times.values())
+
+
+def test_measuring_leaves_the_random_generator_alone(device: str) -> None:
+    state = torch.get_rng_state()
+    weight = torch.eye(16, device=device)
+    times = measure_storages(weight, None, 4, {"csr": 1}, rounds=2)
+    assert set(times) == {"dense", "csr"}
+    assert torch.equal(state, torch.get_rng_state())
