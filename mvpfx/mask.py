@@ -116,6 +116,7 @@ class Mask(nn.Module):
         self.penalty_lambda, self.step = targets.penalty_lambda, step
         self.forget()
 
+    @_outside_graphs
     def forward(self, weight: Tensor) -> Tensor:
         """The masked weight, in shape, dtype and device of `weight`.
 
@@ -220,7 +221,6 @@ class Mask(nn.Module):
         self.forget()
         return super().train(mode)
 
-    @_outside_graphs
     def _current(self) -> tuple[Tensor, Tensor]:
         """Units and weights that stay, from the cache where nothing has changed."""
         key = self.ranking.state()
