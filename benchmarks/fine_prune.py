@@ -38,13 +38,16 @@ class Settings:
     score_lr: float = 1e-2
     seed: int = 0
     rounds: int = 60  # of the latency measurement
+    threads: int | None = 1  # None: torch's own choice. The embedded model is too small for two
 
     def recipe(self, epochs: int) -> Recipe:
         """The training recipe of one of the run's parts."""
         return Recipe(epochs, self.batch_size, self.lr, self.score_lr, self.seed)
 
 
-SENTENCES = Settings(density=0.10, granularity="element", epochs=6, dense_epochs=3, lr=1e-4)
+SENTENCES = Settings(
+    density=0.10, granularity="element", epochs=6, dense_epochs=3, lr=1e-4, threads=None
+)
 
 
 def train_dense(workload: Workload, settings: Settings) -> nn.Module:
@@ -186,11 +189,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Run from the command line."""
     options = parse(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     settings = SENTENCES if options.model else Settings()
     given = {key: getattr(options, key, None) for key in asdict(settings)}
     settings = replace(settings, **{key: v for key, v in given.items() if v is not None})
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     if options.model:
         workload = sentences(
             options.model,
