@@ -25,12 +25,20 @@ class Layer:
 
     region: str
     node: fx.Node
-    input: fx.Node
+    input_position: int
+    """Which argument of the node holds the activations."""
     weight_name: str
     bias_name: str | None
     out_dim: int
     obstacle: str | None
     """Why its parameters may not change shape; None where they may."""
+
+    @property
+    def input(self) -> fx.Node:
+        """The activations, as the graph has them now."""
+        node = self.node.args[self.input_position]
+        assert isinstance(node, fx.Node)
+        return node
 
     @property
     def owner(self) -> str:
@@ -159,11 +167,14 @@ def _layer(
     program: Program, region: str, matmul: Matmul, find_obstacle: Callable[[str], str | None]
 ) -> Layer | None:
     position = _WEIGHT_POSITION.get(matmul.kind)
+    place = 1 if matmul.kind == "addmm" else 0
     node, weight_name = matmul.node, full_name(region, matmul.weight.target)
     weight = program.parameter(weight_name)
     if position is None or matmul.input is None or weight is None or weight.dim() != 2:
         return None
     if len(node.args) <= position or node.args[position] is not matmul.operand:
+        return None
+    if node.args[place] is not matmul.input:
         return None
     bias = {"linear": node.args[2:3] or (node.kwargs.get("bias"),), "addmm": node.args[:1]}
     given = bias.get(matmul.kind, (None,))[0]
@@ -176,7 +187,7 @@ def _layer(
         obstacle = obstacle or f"{weight_name} is still masked"
     if not all(swaps(link) and len(link.users) == 1 for link in matmul.chain):
         obstacle = obstacle or f"{weight_name} is changed before the matmul"
-    return Layer(region, node, matmul.input, weight_name, bias_name, matmul.out_dim, obstacle)
+    return Layer(region, node, place, weight_name, bias_name, matmul.out_dim, obstacle)
 
 
 def find_obstacles(program: Program) -> Callable[[str], str | None]:

@@ -1,0 +1,320 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvpfx.passes.shrink_dims import ShrinkDims
+from mvpfx.program import graph_text
+from tests.graphs import applied, apply, assert_same, declined, mlp, program_of, zero_
+from tests.models import build
+
+X = torch.linspace(-2, 2, 20).view(5, 4)
+
+
+def linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def test_a_dead_row_folds_its_constant_into_the_next_bias() -> None:
+    model = mlp(nn.GELU())
+    zero_(linear(model, "0").weight[::2])
+    program, decisions = apply(ShrinkDims(), program_of(model, X))
+    assert applied(decisions) == [
+        "2.weight: 8 -> 4 channels from 0.weight, 4 constants folded into the bias"
+    ]
+    small = assert_same(program, X)
+    assert [tuple(p.shape) for p in small.parameters()] == [(4, 4), (4,), (3, 4), (3,)]
+    assert (linear(small, "0").out_features, linear(small, "2").in_features) == (4, 4)
+    assert (
+        tuple(next(n for n in program.graphs[""].nodes if n.op == "call_module").meta["val"].shape)[
+            -1
+        ]
+        == 4
+    )
+
+
+def test_a_zero_column_kills_its_producers_row_and_so_on_backwards() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
+    zero_(linear(model, "4").weight[:, :3])
+    zero_(linear(model, "2").weight[3:, :2])  # dies once rows 0-2 are gone
+    program, decisions = apply(ShrinkDims(), program_of(model, X))
+    assert applied(decisions) == [
+        "4.weight: 5 -> 2 channels from 2.weight",
+        "2.weight: 6 -> 4 channels from 0.weight",
+    ]
+    assert_same(program, X)
+
+
+def test_a_bias_is_created_where_a_constant_needs_one() -> None:
+    model = mlp(nn.Sigmoid(), bias=False)
+    zero_(linear(model, "0").weight[:2])
+    program, _ = apply(ShrinkDims(), program_of(model, X))
+    assert graph_text(program.graphs[""]) == (
+        "%a0 = placeholder\n"
+        "%_0_weight = get_attr[0.weight]\n"
+        "%_0_bias = get_attr[0.bias]\n"
+        "%linear = linear(%a0, %_0_weight, %_0_bias)\n"
+        "%_1 = call_module[1](%linear)\n"
+        "%_2_weight = get_attr[2.weight]\n"
+        "%_2_bias = get_attr[2.bias]\n"
+        "%linear_1 = linear(%_1, %_2_weight, %_2_bias)\n"
+        "return (%linear_1)"
+    )
+    small = assert_same(program, X)
+    assert small.get_parameter("2.bias").requires_grad
+
+
+def test_one_channel_always_stays() -> None:
+    model = mlp(nn.ReLU())
+    zero_(linear(model, "0").weight)
+    program, _ = apply(ShrinkDims(), program_of(model, X))
+    small = assert_same(program, X)
+    assert linear(small, "0").weight.shape == (1, 4)
+
+
+class Block(nn.Module):
+    """A feed-forward block whose forward is given by the test."""
+
+    def __init__(self, forward: Any, bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.gate = nn.Linear(4, 8, bias=bias), nn.Linear(4, 8, bias=bias)
+        self.down = nn.Linear(8, 4, bias=bias)
+        self.w1 = nn.Parameter(torch.randn(4, 8))
+        self.b1 = nn.Parameter(torch.randn(8))
+        self.w2 = nn.Parameter(torch.randn(8, 4))
+        self.call = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.call(self, x)
+
+
+def gated(m: Block, x: Tensor) -> Tensor:
+    return m.down(F.silu(m.gate(x)) * m.up(x))
+
+
+def test_gated_block_needs_only_one_zero_factor() -> None:
+    model = Block(gated, bias=False)
+    zero_(model.gate.weight[:3])
+    zero_(model.up.weight[2:5])
+    program, decisions = apply(ShrinkDims(), program_of(model, X))
+    (text,) = applied(decisions)
+    assert text.startswith("down.weight: 8 -> 3 channels from ")
+    assert_same(program, X)
+
+
+def test_gated_block_with_biases_needs_both_constant() -> None:
+    model = Block(gated)
+    zero_(model.gate.weight[:4])
+    zero_(model.up.weight[2:6])
+    program, decisions = apply(ShrinkDims(), program_of(model, X))
+    assert "8 -> 6 channels" in applied(decisions)[0]
+    assert_same(program, X)
+
+
+def test_functional_matmuls_shrink_with_their_bias_vector() -> None:
+    def forward(m: Block, x: Tensor) -> Tensor:
+        return torch.relu(x @ m.w1 + m.b1) @ m.w2
+
+    model = Block(forward)
+    with torch.no_grad():
+        model.w1[:, :3] = 0
+        model.b1[:3] = torch.tensor([-1.0, 0.0, 2.0])  # relu leaves 2.0: no bias can take it
+    program, decisions = apply(ShrinkDims(), program_of(model, X, sites=[]))
+    assert applied(decisions) == ["w2: 8 -> 6 channels from w1"]
+    assert declined(decisions) == [
+        "w2: 1 channels are constant but not zero, and there is no bias to take them"
+    ]
+    small = assert_same(program, X)
+    assert small.get_parameter("b1").shape == (6,)
+
+
+def dropout_in_training(m: Block, x: Tensor) -> Tensor:
+    return m.down(F.dropout(m.up(x), 0.0, training=True))
+
+
+def returned(m: Block, x: Tensor) -> tuple[Tensor, Tensor]:
+    hidden = torch.relu(m.up(x))
+    return m.down(hidden), hidden
+
+
+def used_twice(m: Block, x: Tensor) -> Tensor:
+    return m.down(torch.relu(m.up(m.down(torch.relu(m.up(x))))))
+
+
+def normed(m: Block, x: Tensor) -> Tensor:
+    return m.down(F.layer_norm(m.up(x), (8,)))
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (dropout_in_training, "8 input columns are zero, but its input comes through dropout, "),
+        (returned, "8 input columns are zero, but relu is also read by linear, the region's resul"),
+        (used_twice, "1 of 8 channels are dead, but down.weight is read 2 times"),
+        (normed, "8 input columns are zero, but its input comes through layer_norm, which is not "),
+    ],
+)
+def test_declined_with_the_reason(forward: Any, reason: str) -> None:
+    model = Block(forward)
+    columns = slice(0, 1) if forward is used_twice else slice(None)
+    zero_(model.down.weight[:, columns])
+    program, decisions = apply(ShrinkDims(), program_of(model, X))
+    assert applied(decisions) == []
+    assert declined(decisions)[-1].startswith(f"down.weight: {reason}")
+    assert program.parameters == {}
+
+
+def test_a_tied_weight_is_left_alone() -> None:
+    def forward(m: Block, x: Tensor) -> Tensor:
+        return m.down(torch.relu(m.up(x)))
+
+    model = Block(forward)
+    model.gate.weight = model.up.weight
+    zero_(model.down.weight[:, 0])
+    _, decisions = apply(ShrinkDims(), program_of(model, X))
+    assert declined(decisions) == [
+        "down.weight: 1 of 8 channels are dead, but up.weight is tied to gate.weight"
+    ]
+
+
+ENCODERS = {
+    "bert": (
+        "bert.encoder.layer.0.attention.self.{}",
+        "bert.encoder.layer.0.attention.output.dense",
+    ),
+    "roberta": (
+        "roberta.encoder.layer.0.attention.self.{}",
+        "roberta.encoder.layer.0.attention.output.dense",
+    ),
+    "distilbert": (
+        "distilbert.transformer.layer.0.attention.{}",
+        "distilbert.transformer.layer.0.attention.out_lin",
+    ),
+    "vit": ("vit.layers.0.attention.{}", "vit.layers.0.attention.o_proj"),
+}
+
+
+def projections(name: str, model: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
+    """The query, key, value and output layers of the first block."""
+    prefix, out = ENCODERS[name]
+    short = {"bert": "{}", "roberta": "{}", "distilbert": "{}_lin", "vit": "{}_proj"}[name]
+    names = ("query", "key", "value") if short == "{}" else ("q", "k", "v")
+    modules = [linear(model, prefix.format(short.format(n))) for n in names]
+    return modules[0], modules[1], modules[2], linear(model, out)
+
+
+def head(index: int, width: int = 8) -> slice:
+    return slice(index * width, (index + 1) * width)
+
+
+@pytest.mark.parametrize("name", list(ENCODERS))
+def test_dead_heads_go(name: str) -> None:
+    model, batch = build(name)
+    _, _, value, out = projections(name, model)
+    zero_(value.weight[head(1)])  # constant values: softmax rows sum to 1
+    zero_(out.weight[:, head(3)])  # nobody reads this head
+    program, decisions = apply(ShrinkDims(), program_of(model, batch))
+    texts = [text for text in applied(decisions) if "heads" in text]
+    assert [text.partition(": ")[2] for text in texts] == [
+        "4 -> 2 heads, constant values folded into the bias"
+    ]
+    small = assert_same(program, batch)
+    query, key, value, out = projections(name, small)
+    assert {query.out_features, key.out_features, value.out_features, out.in_features} == {16}
+    counts = ("num_heads", "num_attention_heads", "n_heads")
+    owners = [m for m in small.modules() if any(getattr(m, c, None) == 2 for c in counts)]
+    assert len(owners) == 1
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_an_empty_query_or_key_is_uniform_attention_and_stays(part: int) -> None:
+    model, batch = build("bert")
+    layer = projections("bert", model)[part]
+    zero_(layer.weight[head(0)])
+    assert layer.bias is not None
+    zero_(layer.bias[head(0)])
+    _, decisions = apply(ShrinkDims(), program_of(model, batch))
+    assert applied(decisions) == []
+
+
+def test_one_head_always_stays() -> None:
+    model, batch = build("bert")
+    zero_(projections("bert", model)[3].weight)
+    program, _ = apply(ShrinkDims(), program_of(model, batch))
+    small = assert_same(program, batch)
+    assert projections("bert", small)[3].in_features == 8
+
+
+class SelfAttention(nn.Module):
+    """Attention on plain torch, with grouped queries and a view that may hold literals."""
+
+    def __init__(self, literal: bool = False, groups: int = 4, bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.o = nn.Linear(4, 16, bias=bias), nn.Linear(16, 4, bias=bias)
+        self.k, self.v = nn.Linear(4, groups * 4, bias=bias), nn.Linear(4, groups * 4, bias=bias)
+        self.literal = literal
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:-1], 4 if self.literal else -1, 4)
+        q, k, v = (p(x).view(shape).transpose(1, 2) for p in (self.q, self.k, self.v))
+        grouped = self.k.out_features != self.q.out_features
+        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+        return self.o(out.transpose(1, 2).reshape(*x.shape[:-1], -1))
+
+
+TOKENS = torch.linspace(-1, 1, 40).view(2, 5, 4)
+
+
+def test_torchs_own_attention_and_grouped_queries() -> None:
+    model = SelfAttention(groups=2)
+    zero_(model.v.weight[4:])
+    zero_(model.o.weight[:, :4])  # one of two query heads of the first group
+    program, decisions = apply(ShrinkDims(), program_of(model, TOKENS))
+    assert applied(decisions) == ["o.weight: 4 -> 2 heads, constant values folded into the bias"]
+    small = assert_same(program, TOKENS)
+    assert linear(small, "k").out_features == 4
+
+
+def test_a_literal_head_count_is_declined() -> None:
+    model = SelfAttention(literal=True)
+    zero_(model.o.weight[:, :4])
+    program, decisions = apply(ShrinkDims(), program_of(model, TOKENS))
+    assert applied(decisions) == []
+    message = "the view of its query holds the head count as a literal"
+    assert any(message in text for text in declined(decisions))
+    assert program.parameters == {}
+
+
+def test_options_switch_the_rules_off() -> None:
+    model = SelfAttention()
+    zero_(model.o.weight[:, :4])
+    program = program_of(model, TOKENS)
+    assert applied(apply(ShrinkDims(heads=False), program)[1]) == []
+    assert len(applied(apply(ShrinkDims(channels=False), program)[1])) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "up", "down"),
+    [
+        ("gpt2", "transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"),
+        ("llama", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"),
+    ],
+)
+def test_feed_forward_of_decoders(name: str, up: str, down: str) -> None:
+    model, batch = build(name)
+    weight = model.get_parameter(f"{up}.weight")
+    dim = 1 if name == "gpt2" else 0
+    zero_(weight.narrow(dim, 0, 10))
+    program, decisions = apply(ShrinkDims(), program_of(model, batch))
+    width = weight.shape[dim]
+    assert applied(decisions)[0].startswith(f"{down}.weight: {width} -> {width - 10} channels")
+    small = assert_same(program, batch)
+    assert math.prod(small.get_parameter(f"{down}.weight").shape) == 32 * (width - 10)
