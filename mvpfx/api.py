@@ -24,7 +24,7 @@ from mvpfx.passes.propagate_layout import PropagateLayout
 from mvpfx.passes.schedule_density import ScheduleDensity
 from mvpfx.passes.shrink_dims import ShrinkDims
 from mvpfx.patterns import specificity
-from mvpfx.pipeline import run
+from mvpfx.pipeline import Record, run
 from mvpfx.program import Program, copy_graph, full_name, parent_name
 from mvpfx.region import Region, make_region, region_modules, region_of
 from mvpfx.report import make_report
@@ -116,18 +116,26 @@ def convert(model: nn.Module, *, example_inputs: Any = None, lowering: str = "au
     small, comparison, name = _plain(chosen), None, "converted"
     if example_inputs is not None:
         versions = {"dense": _plain(folded), name: small}
-        instead = chosen
-        if lowering == "auto" and any(s in SPARSE for s in chosen.storages.values()):
-            dense = ChooseStorage("dense")
-            instead, without_sparse = run((dense, PropagateLayout(), LowerMatmuls()), shrunk)
-            versions["reduced"] = _plain(instead)
+        others = _alternatives(chosen, shrunk) if lowering == "auto" else {}
+        versions |= {other: _plain(result) for other, (result, _) in others.items()}
         comparison = compare_models(source, versions, example_inputs)
-        if comparison.fastest(*(v for v in versions if v != "dense")) == "reduced":
-            name, chosen, small, lowerings = "reduced", instead, versions["reduced"], without_sparse
+        name = comparison.fastest(name, *others)
+        if name in others:
+            (chosen, lowerings), small = others[name], versions[name]
     records = [*records, *shrinking, *lowerings]
     report = make_report(chosen, records, comparison, name)
     attach_state(small, State(records=records, report=report, graphs=chosen.graphs))
     return small
+
+
+def _alternatives(chosen: Program, shrunk: Program) -> dict[str, tuple[Program, list[Record]]]:
+    """Other choices of storage worth a comparison end to end, where any site is sparse."""
+    if not any(storage in SPARSE for storage in chosen.storages.values()):
+        return {}
+    return {
+        f"all {storage}": run((ChooseStorage(storage), PropagateLayout(), LowerMatmuls()), shrunk)
+        for storage in ("dense", "csr")
+    }
 
 
 def _plain(program: Program) -> nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Real
 from typing import Any
 
 from mvpfx import criterion as criteria
@@ -215,7 +214,7 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def _constant_scores(value: object) -> float:
-    if isinstance(value, Real) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         return as_number(value, "score_init")
     choice = ", ".join(f'"{word}"' for word in SCORE_INITS)
     found = f"{value!r} ({type(value).__name__})"

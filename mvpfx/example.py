@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -49,7 +49,7 @@ def _shape(value: Any) -> str:
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
+def inference(model: nn.Module) -> Generator[None]:
     """Eval mode without gradients; every module's own mode is put back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

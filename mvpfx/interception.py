@@ -13,7 +13,8 @@ from torch.utils import checkpoint
 
 from mvpfx.hf import AttentionIsLeaf
 from mvpfx.leaves import autograd_leaf, is_leaf_type
-from mvpfx.recording import NotCapturable
+from mvpfx.recording import CaptureError
+from mvpfx.torch_private import CHECKPOINT_GENERATOR
 
 if TYPE_CHECKING:
     from mvpfx.recorder import Recorder
@@ -74,18 +75,20 @@ class Interception:
         def function_apply(function: Any, *args: Any, **kwargs: Any) -> Any:
             if not mine():
                 return base_apply(function, *args, **kwargs)
+            if issubclass(function, checkpoint.CheckpointFunction):
+                raise CaptureError("activation checkpointing inside the region")
             return recorder.leaf(autograd_leaf(function), args, kwargs)
 
-        run_checkpoint = checkpoint.checkpoint
+        run_checkpoint = getattr(checkpoint, CHECKPOINT_GENERATOR)
 
         def no_checkpoint(*args: Any, **kwargs: Any) -> Any:
-            if not mine():
-                return run_checkpoint(*args, **kwargs)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-            raise NotCapturable("activation checkpointing inside the region")
+            if mine():
+                raise CaptureError("activation checkpointing inside the region")
+            return run_checkpoint(*args, **kwargs)
 
         self._patch(nn.Module, "__call__", module_call)
         self._patch(torch.autograd.Function, "apply", classmethod(function_apply))
-        self._patch(checkpoint, "checkpoint", no_checkpoint)
+        self._patch(checkpoint, CHECKPOINT_GENERATOR, no_checkpoint)
 
         def leaf_call(leaf: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return recorder.leaf(leaf, args, kwargs) if mine() else leaf(*args, **kwargs)
@@ -116,8 +119,9 @@ class SideEffects:
                 cast("dict[str, Any]", part.__dict__["_parameters"]),
             )
         ]
+        self.buffers = [(b, b._version, b.clone()) for b in module.buffers() if b.dim() == 0]
         self.containers = [
-            (f"{kind}.{key}", cast("Any", value), _copied(value))
+            (f"{kind}.{key}", value, _copied(value))
             for kind, dictionary, _ in self.entries
             for key, value in dictionary.items()
             if not key.startswith("_") and type(value) in (list, dict, set)
@@ -126,6 +130,10 @@ class SideEffects:
     def restore(self) -> list[str]:
         """Undo what changed; the names of what did."""
         changed: list[str] = []
+        for buffer, version, before in self.buffers:
+            if buffer._version != version:  # counters take part for real; the graph counts too
+                with torch.no_grad():
+                    buffer.copy_(before)
         if random.getstate() != self.random_state:
             random.setstate(self.random_state)
             changed.append("Python's random generator")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -122,13 +122,16 @@ _SAME_SHAPE = (nn.LayerNorm, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
 def fake_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a leaf module returns for fakes; its own forward where there is no shorter way."""
     input: Any = args[0] if len(args) == 1 and not kwargs else None
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and isinstance(input, Tensor):  # pyright: ignore[reportPrivateUsage]
+        # Its forward would count the batch, for real.
+        return _with_gradient(torch.empty_like(input), input, *module.parameters(recurse=False))
     plain = isinstance(module, _SAME_SHAPE) and isinstance(input, Tensor)
     if isinstance(module, nn.LayerNorm) and plain:
         size = module.normalized_shape
         plain = len(size) == 1 and input.dim() > 0 and input.shape[-1] == size[0]
         plain &= all(p.dtype == input.dtype for p in module.parameters(recurse=False))
     if not plain or torch.is_autocast_enabled(input.device.type) or not input.is_contiguous():
-        return type(module).forward(module, *args, **kwargs)
+        return cast("Any", type(module)).forward(module, *args, **kwargs)
     return _with_gradient(torch.empty_like(input), input, *module.parameters(recurse=False))
 
 

@@ -82,7 +82,18 @@ _TRANSPOSED = Signature(
 )
 _GROUPED = Signature("grouped", 0, 1, keywords=(("input", 0), ("mat2", 1)))
 
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSED_CONVOLUTIONS = (
+    torch.conv_transpose1d,
+    torch.conv_transpose2d,
+    torch.conv_transpose3d,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+)
 _SIGNATURES: dict[Any, Signature] = {
+    **dict.fromkeys(_CONVOLUTIONS, _CONVOLUTION),
+    **dict.fromkeys(_TRANSPOSED_CONVOLUTIONS, _TRANSPOSED),
     linear: _LINEAR,
     F.linear: _LINEAR,
     torch.matmul: _MATMUL,
@@ -100,20 +111,6 @@ _SIGNATURES: dict[Any, Signature] = {
     "addmm": _ADDMM,
     "baddbmm": _ADDMM,
 }
-_SIGNATURES |= dict.fromkeys(
-    (torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d), _CONVOLUTION
-)
-_SIGNATURES |= dict.fromkeys(
-    (
-        torch.conv_transpose1d,
-        torch.conv_transpose2d,
-        torch.conv_transpose3d,
-        F.conv_transpose1d,
-        F.conv_transpose2d,
-        F.conv_transpose3d,
-    ),
-    _TRANSPOSED,
-)
 _ATTENTION_WEIGHTS = {5: "in_proj_weight", 11: "out_proj_weight"}
 _ATTENTION_KEYWORDS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 _SWAPS = ("t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute")
@@ -149,7 +146,7 @@ def _uses(node: fx.Node, shape_of: ParameterShape) -> Iterator[Matmul]:
         yield Matmul(
             node=node,
             weight=weight,
-            operand=cast("fx.Node", operands[place]),
+            operand=operands[place],
             kind=signature.kind,
             out_dim=_stored_dim(out_dim, weight, chain, shape_of),
             input=operands.get(other),
@@ -256,7 +253,7 @@ def token_count(use: Matmul) -> int | None:
 
 
 def redirect(graph: fx.Graph, use: Matmul, mask: fx.Node) -> None:
-    """Make one matmul read its weight through `mask`; other users of the weight keep the raw one."""
+    """Make one matmul read its weight through `mask`; other users of it keep the raw one."""
     source: fx.Node = mask
     if all(len(link.users) == 1 for link in use.chain) and use.chain:
         use.chain[0].replace_input_with(use.weight, mask)

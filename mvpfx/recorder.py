@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from mvpfx.hf import is_cache
 from mvpfx.interception import Interception, SideEffects
 from mvpfx.leaves import FAKE_RULES, Leaf, fake_module
-from mvpfx.recording import CONSTANTS, SELF, NotCapturable, Opaque, Recording
+from mvpfx.recording import CONSTANTS, SELF, CaptureError, Opaque, Recording
 from mvpfx.sizes import SizeNodes
 from mvpfx.torch_private import (
     AutocastCacheOff,
@@ -30,7 +30,7 @@ _KEPT_NAMES = ("__setitem__",)
 
 
 class Recorder(TorchFunctionMode):
-    """Records one call of one region. Use once: `Recorder(module, forward).record(args, kwargs)`."""
+    """Records one call of one region, once: `Recorder(module, forward).record(args, kwargs)`."""
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Recorder(TorchFunctionMode):
         """Run the forward on fakes of the arguments.
 
         Raises:
-            NotCapturable: where the call reads data, changes state, or leaves the known.
+            CaptureError: where the call reads data, changes state, or leaves the known.
         """
         flat, spec = pytree.tree_flatten((args, kwargs), is_leaf=is_cache)
         values, leaves, fakes = self._placeholders(flat)
@@ -77,7 +77,7 @@ class Recorder(TorchFunctionMode):
             changed = effects.restore()
             torch.set_grad_enabled(entry_grad)
         if changed:
-            raise NotCapturable(f"its forward changes state: {', '.join(changed[:3])}")
+            raise CaptureError(f"its forward changes state: {', '.join(changed[:3])}")
         out_leaves, out_spec = pytree.tree_flatten(out, is_leaf=lambda x: isinstance(x, Opaque))
         self._sync_grad_mode(entry_grad)
         self.graph.output(tuple(self.node_of(leaf) for leaf in out_leaves))
@@ -91,7 +91,8 @@ class Recorder(TorchFunctionMode):
         if self.paused:
             return func(*args, **kwargs)
         name = str(getattr(func, "__name__", ""))
-        out = FAKE_RULES.get(func, func)(*args, **kwargs)
+        rule = FAKE_RULES.get(func)
+        out = func(*args, **kwargs) if rule is None else rule(*args, **kwargs)
         if name == "__get__":
             return self._property(func, args[0], out)
         return self._call(func, name, args, kwargs, out)
@@ -144,7 +145,7 @@ class Recorder(TorchFunctionMode):
             return self.sizes.node(float_expression(value))
         if isinstance(value, nn.Module):
             if id(value) not in self.module_names:
-                raise NotCapturable(f"{type(value).__name__} is not part of the region")
+                raise CaptureError(f"{type(value).__name__} is not part of the region")
             return self._attribute(self.module_names[id(value)] or SELF)
         if isinstance(value, (tuple, list)):
             return self._sequence(cast("tuple[Any, ...] | list[Any]", value))
@@ -154,7 +155,7 @@ class Recorder(TorchFunctionMode):
             return slice(*(self.node_of(v) for v in (value.start, value.stop, value.step)))
         if isinstance(value, CONSTANTS) or callable(value):
             return value
-        raise NotCapturable(f"an argument of type {type(value).__name__} is not known")
+        raise CaptureError(f"an argument of type {type(value).__name__} is not known")
 
     def track(self, out: Any, node: fx.Node) -> Any:
         """Remember which node made each tensor of `out`; returns `out`."""
@@ -189,7 +190,7 @@ class Recorder(TorchFunctionMode):
                 values.append(value)
                 continue
             else:
-                raise NotCapturable(f"an argument of type {type(value).__name__} is not known")
+                raise CaptureError(f"an argument of type {type(value).__name__} is not known")
             leaves.append(position)
             fakes.append(fake)
         return values, leaves, fakes
@@ -217,7 +218,7 @@ class Recorder(TorchFunctionMode):
 
     def _node(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
         if autocast_state(self._devices) != self._autocast:
-            raise NotCapturable("its forward switches autocast inside")
+            raise CaptureError("its forward switches autocast inside")
         if op != "get_attr":
             self._sync_grad_mode(torch.is_grad_enabled())
         node = self.graph.create_node(op, target, args, kwargs)
@@ -242,7 +243,7 @@ class Recorder(TorchFunctionMode):
         name = self._names.get(id(tensor))
         if name is None:
             if is_fake(tensor):
-                raise NotCapturable("a tensor reached a call from outside the recorded forward")
+                raise CaptureError("a tensor reached a call from outside the recorded forward")
             return self._constant(tensor)
         return self._attribute(name)
 

@@ -16,12 +16,25 @@ from mvpfx.torch_private import SymbolicShapes
 SELF = "__self__"
 """The get_attr target that stands for the region module itself."""
 
-CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout)
-CONSTANTS = (*CONSTANTS, torch.memory_format, torch.Generator, type(None), type(...))
+CONSTANTS = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    torch.Generator,
+    type(None),
+    type(...),
+)
+"""What may stand in a graph as it is."""
 
 
-class NotCapturable(Exception):
-    """This call cannot become a graph; the message says why. The module's own forward serves."""
+class CaptureError(Exception):
+    """A call cannot become a graph; the message says why. The module's own forward serves."""
 
 
 @dataclass
@@ -56,10 +69,10 @@ class Opaque:
         self._update = update
 
     @property
-    def __class__(self) -> Any:
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return type(self.real)
 
     def __getattr__(self, name: str) -> Any:
         if name == "update":
             return partial(self._update, self)
-        raise NotCapturable(f"{type(self.real).__name__}.{name} is read inside the region")
+        raise CaptureError(f"{type(self.real).__name__}.{name} is read inside the region")

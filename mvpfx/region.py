@@ -18,7 +18,7 @@ from mvpfx.interception import is_capturing
 from mvpfx.leaves import is_leaf_type
 from mvpfx.mask import Mask
 from mvpfx.recorder import Recorder
-from mvpfx.recording import CONSTANTS, NotCapturable, Recording
+from mvpfx.recording import CONSTANTS, CaptureError, Recording
 from mvpfx.swap import original_class, runtime_of, set_runtime
 from mvpfx.torch_private import autocast_state, is_fake, pytree
 from mvpfx.variant import Variant
@@ -73,7 +73,7 @@ class Region:
         try:
             key = _signature(module, flat, spec)
             variant = _find(module, self, key, flat, (args, kwargs), forward)
-        except NotCapturable as reason:
+        except CaptureError as reason:
             variant = str(reason)
         if isinstance(variant, str):
             self.declined[variant] = self.declined.get(variant, 0) + 1
@@ -152,10 +152,10 @@ def _find(
         if isinstance(variant, str) or variant.check(flat):
             return variant
     if sum(len(variants) for variants in region.variants.values()) >= MOST_VARIANTS:
-        raise NotCapturable(f"more than {MOST_VARIANTS} kinds of call")
+        raise CaptureError(f"more than {MOST_VARIANTS} kinds of call")
     try:
         variant = capture(module, region, call, forward)
-    except NotCapturable as reason:
+    except CaptureError as reason:
         variant = str(reason)
     known.append(variant)
     return variant
@@ -170,7 +170,7 @@ def capture(
     """Record one call, rewrite its graph, and make it ready to run.
 
     Raises:
-        NotCapturable: with the reason, whatever went wrong while recording on fakes; the
+        CaptureError: with the reason, whatever went wrong while recording on fakes; the
             module's own forward then serves, and raises the error if it is one.
     """
     recording = _record(module, call, forward)
@@ -182,7 +182,7 @@ def capture_graph(module: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]
     """Record one call of a module, prepared or not; parameters are read raw.
 
     Raises:
-        NotCapturable: with the reason.
+        CaptureError: with the reason.
     """
     return _record(module, call, original_class(module).forward).graph
 
@@ -195,19 +195,19 @@ def _record(
     _check_hooks(module)
     try:
         return Recorder(module, forward).record(*call)
-    except NotCapturable:
+    except CaptureError:
         raise
     except Exception as error:
         first_line = str(error).partition("\n")[0]
-        raise NotCapturable(f"{type(error).__name__}: {first_line}") from error
+        raise CaptureError(f"{type(error).__name__}: {first_line}") from error
 
 
 def _check_hooks(module: nn.Module) -> None:
     for name, part in module.named_modules():
         if name and (part._forward_hooks or part._forward_pre_hooks):
-            raise NotCapturable(f"{name} has forward hooks")
+            raise CaptureError(f"{name} has forward hooks")
         if name and "forward" in part.__dict__:
-            raise NotCapturable(f"{name} has a forward of its own instance")
+            raise CaptureError(f"{name} has a forward of its own instance")
 
 
 def _signature(module: nn.Module, flat: list[Any], spec: Any) -> tuple[Any, ...]:
@@ -217,7 +217,7 @@ def _signature(module: nn.Module, flat: list[Any], spec: Any) -> tuple[Any, ...]
     for value in flat:
         if isinstance(value, Tensor):
             if is_fake(value) or type(value) not in (Tensor, nn.Parameter):
-                raise NotCapturable(f"an argument is a {type(value).__name__}")
+                raise CaptureError(f"an argument is a {type(value).__name__}")
             devices.add(value.device.type)
             ones = tuple(size == 1 for size in value.shape)
             leaves.append(
@@ -228,7 +228,7 @@ def _signature(module: nn.Module, flat: list[Any], spec: Any) -> tuple[Any, ...]
         elif isinstance(value, CONSTANTS):
             leaves.append((type(value), value))
         else:
-            raise NotCapturable(f"an argument of type {type(value).__name__} is not known")
+            raise CaptureError(f"an argument of type {type(value).__name__} is not known")
     return (
         spec,
         torch.is_grad_enabled(),

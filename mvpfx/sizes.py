@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from mvpfx.torch_private import Symbol, expression_operator, int_expression, sympy
 
 
-class UnknownSize(Exception):
+class UnknownSizeError(Exception):
     """A size that depends on data, or an expression this package cannot write down."""
 
 
@@ -48,9 +48,9 @@ class SizeNodes:
         self.opaque.add(expression)
 
     def check_known(self, expression: Any, name: str) -> None:
-        """Raise `UnknownSize` where a number a call returned depends on data."""
+        """Raise `UnknownSizeError` where a number a call returned depends on data."""
         if not set(expression.free_symbols) <= set(self.sources):
-            raise UnknownSize(f"{name} returns a number that depends on data")
+            raise UnknownSizeError(f"{name} returns a number that depends on data")
 
     def node(self, expression: Any) -> Any:
         """The int, float or node that has the value of `expression` when the graph runs."""
@@ -68,7 +68,7 @@ class SizeNodes:
 
     def _read(self, symbol: Any) -> fx.Node:
         if symbol not in self.sources:
-            raise UnknownSize(f"size {symbol} depends on data")
+            raise UnknownSizeError(f"size {symbol} depends on data")
         source, dim = self.sources[symbol]
         is_input = source.op == "placeholder"
         after = self.last_input if is_input else source
@@ -83,7 +83,7 @@ class SizeNodes:
     def _compute(self, expression: Any) -> fx.Node:
         function = expression_operator(expression)
         if function is None:
-            raise UnknownSize(f"size {expression} is not a known expression")
+            raise UnknownSizeError(f"size {expression} is not a known expression")
         operands = [self.node(operand) for operand in expression.args]
         node = operands[0]
         if len(operands) == 1:

@@ -7,6 +7,7 @@ of them went missing. Nothing else in the package imports from an underscored to
 # pyright: reportPrivateUsage=false, reportMissingTypeStubs=false, reportUnknownMemberType=false
 # pyright: reportUnknownVariableType=false, reportUnknownParameterType=false
 # pyright: reportUnknownArgumentType=false, reportMissingTypeArgument=false
+# pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 
 from __future__ import annotations
 
@@ -36,6 +37,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "torch.utils._sympy.functions": ("FloorDiv", "Max", "Min", "Mod", "PythonMod"),
     "torch.utils._sympy.printers": ("PythonPrinter",),
     "torch": ("is_autocast_cache_enabled", "set_autocast_cache_enabled", "_grouped_mm"),
+    "torch.utils.checkpoint": ("_checkpoint_without_reentrant_generator", "CheckpointFunction"),
     "torch.overrides": ("TorchFunctionMode", "is_tensor_method_or_property"),
 }
 
@@ -50,6 +52,8 @@ __all__ = [
     "sympy",
 ]
 
+CHECKPOINT_GENERATOR = "_checkpoint_without_reentrant_generator"
+"""What `torch.utils.checkpoint.checkpoint` calls without reentrance, in the same module."""
 set_grad_enabled = torch._C._set_grad_enabled
 linear = torch._C._nn.linear
 gelu = torch._C._nn.gelu

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from mvpfx.recording import SELF, NotCapturable, Recording
+from mvpfx.recording import SELF, CaptureError, Recording
 from mvpfx.torch_private import (
     Symbol,
     int_expression,
@@ -58,7 +58,7 @@ def size_check(recording: Recording) -> Check:
     """Compile the guards of a recording into one function of the flat arguments.
 
     Raises:
-        NotCapturable: a guard mentions a size only the running graph knows.
+        CaptureError: a guard mentions a size only the running graph knows.
     """
     sizes, shapes = recording.sizes, recording.shapes
     position = dict(
@@ -71,7 +71,7 @@ def size_check(recording: Recording) -> Check:
     guards = shapes.guards()
     for guard in guards:
         if set(guard.free_symbols) & sizes.opaque:
-            raise NotCapturable(f"its control flow depends on the length of a cache: {guard}")
+            raise CaptureError(f"its control flow depends on the length of a cache: {guard}")
     lines = [
         f"{symbol} = L[{position[node]}].shape[{dim}]"
         for symbol, (node, dim) in sizes.sources.items()
@@ -106,7 +106,7 @@ def resolve(module: nn.Module, node: fx.Node) -> Slot:
     for holder in (owner._parameters, owner._buffers, owner._modules, owner.__dict__):
         if name in holder:
             return cast("dict[str, Any]", holder), name
-    raise NotCapturable(f"{target} is not held by the region")
+    raise CaptureError(f"{target} is not held by the region")
 
 
 def _generate(module: nn.Module, graph: fx.Graph) -> tuple[Callable[..., Any], list[Slot]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from mvpfx.interception import is_capturing
 from mvpfx.matmul import find_matmuls, token_count
 from mvpfx.pipeline import Decision, Pass
 from mvpfx.program import Program, full_name
-from mvpfx.recording import NotCapturable
+from mvpfx.recording import CaptureError
 from mvpfx.region import capture_graph, region_modules
 from mvpfx.weights import parameter_names, weight_owners
 
@@ -91,13 +91,13 @@ def _tokens(program: Program) -> dict[str, int]:
 @contextmanager
 def _recording(
     program: Program, regions: dict[str, nn.Module], reasons: dict[str, str]
-) -> Iterator[None]:
+) -> Generator[None]:
     def record(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if name in program.graphs or name in reasons or is_capturing():
             return
         try:
             program.graphs[name] = capture_graph(module, (args, kwargs))
-        except NotCapturable as reason:
+        except CaptureError as reason:
             reasons[name] = str(reason)
 
     handles = [

@@ -26,7 +26,8 @@ class FindSites(Pass):
     """List the weights of known layers and those that graphs show feeding a matmul.
 
     Attributes:
-        config: chooses among them and gives each its rule; None keeps them all, with the rules of masks that are there.
+        config: chooses among them and gives each its rule; None keeps them all, with the rules of
+            the masks that are there.
     """
 
     config: PruningConfig | None = None

@@ -17,7 +17,7 @@ Batch = dict[str, Any]
 Built = tuple[nn.Module, Batch]
 ZOO: dict[str, Callable[[], Built]] = {}
 BATCH, LENGTH = 2, 8
-_TEXT = {
+_TEXT: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,

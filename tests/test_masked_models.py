@@ -139,14 +139,14 @@ def to_device(batch: Batch, device: str) -> Batch:
 @pytest.mark.parametrize("name", ZOO)
 def test_fallback_equals_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import mvpfx.region
-    from mvpfx.recording import NotCapturable
+    from mvpfx.recording import CaptureError
 
     model, batch = build(name)
     prepared = mvpfx.prepare(copy.deepcopy(model), config(), example_inputs=batch)
     randomize(prepared)
 
     def refuse(*_: Any, **__: Any) -> None:
-        raise NotCapturable("refused by the test")
+        raise CaptureError("refused by the test")
 
     monkeypatch.setattr(mvpfx.region, "capture", refuse)
     check_step(prepared, reference_of(model, prepared), model, batch)
