@@ -202,11 +202,13 @@ class Mask(nn.Module):
 
     def own_state(self) -> Hashable:
         """What this mask depends on, to be compared: changes where scores, weight or targets do."""
-        source = self._weight if self.scores is None else self.scores
+        # Read past nn.Module's __getattr__: every mask of a pool is asked in every forward.
+        source = self._parameters.get("scores", self._buffers.get("scores"))
+        if source is None:
+            source = self._weight
         if is_fake(source) or source.is_inference():
             return object()
-        version = (source.data_ptr(), source._version, source.device)
-        return (*version, self.density, self.threshold)
+        return source.data_ptr(), source._version, self.density, self.threshold
 
     def forget(self) -> None:
         """Compute the mask anew at the next use.

@@ -16,17 +16,20 @@ class _StraightThrough(torch.autograd.Function):
     Sanh et al. 2020, Eq. 2: the derivative of the mask with respect to the scores is taken as 1.
     """
 
+    # One forward with ctx: with setup_context, torch binds the arguments anew in each call, which
+    # takes longer than masking a small weight.
     @staticmethod
     def forward(
-        weight: Tensor, scores: Tensor, mask: Tensor | None, granularity: Granularity, out_dim: int
+        ctx: Any,
+        weight: Tensor,
+        scores: Tensor,
+        mask: Tensor | None,
+        granularity: Granularity,
+        out_dim: int,
     ) -> Tensor:
+        ctx.granularity, ctx.out_dim = granularity, out_dim
+        ctx.save_for_backward(weight if ctx.needs_input_grad[1] else None, mask)
         return weight.view_as(weight) if mask is None else weight * mask
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, _, mask, ctx.granularity, ctx.out_dim = inputs
-        needs_weight = ctx.needs_input_grad[1]
-        ctx.save_for_backward(weight if needs_weight else None, mask)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
