@@ -120,7 +120,7 @@ def table(points: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]
 def crossing(curve: list[tuple[float, float]]) -> float:
     """The density at which the ratio first reaches `MARGIN`, going up; 0.0 where it starts there.
 
-    >>> round(crossing([(0.1, 0.7), (0.2, 1.1)]), 3)
+    >>> round(crossing([(0.1, 0.75), (0.2, 1.15)]), 3)
     0.15
     """
     (lowest, first), *_ = curve

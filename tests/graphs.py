@@ -80,3 +80,9 @@ def zero_(tensor: Tensor) -> None:
     """Set a (slice of a) parameter to zero."""
     with torch.no_grad():
         tensor.zero_()
+
+
+def linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
