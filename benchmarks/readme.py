@@ -40,7 +40,8 @@ def row(result: dict[str, Any]) -> dict[str, str]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """The table in Markdown, and what it was measured on."""
-    rows = [row(result) for result in results if result["benchmark"] == "fine_prune"]
+    results = [result for result in results if result["benchmark"] == "fine_prune"]
+    rows = [row(result) for result in results]
     if not rows:
         return "No result files yet."
     machines = sorted({machine(result) for result in results})
