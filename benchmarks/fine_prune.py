@@ -143,8 +143,8 @@ def summary(result: dict[str, Any]) -> str:
             f"converted {accuracy['converted']:.3f}",
             f"file                 {size['dense'] / 1e6:.2f} MB -> "
             f"{size['converted'] / 1e6:.2f} MB",
-            f"stored dense         {parameters['dense']:,} -> {parameters['converted']:,} "
-            "parameters (without embeddings)",
+            f"parameters           {parameters['dense']:,} -> {parameters['converted']:,} "
+            "(without embeddings)",
             f"latency              {latency['dense']:.2f} ms -> {latency['converted']:.2f} ms "
             f"({latency['dense'] / latency['converted']:.2f}x faster), {result['timed']}",
             f"  at density 0.5     {latency['dense']:.2f} ms -> {half:.2f} ms "
