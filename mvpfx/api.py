@@ -102,7 +102,8 @@ def convert(model: nn.Module, *, example_inputs: Any = None, lowering: str = "au
         A new model. `sparsity_table` and `explain` say what was done to it.
 
     Raises:
-        ValueError: the example inputs do not fit, or the lowering is unknown.
+        ValueError: the example inputs do not fit, the lowering is unknown, or a weight is read
+            both with its mask and without it under one name.
         RuntimeError: the outputs differ by more than `TOLERANCE` allows; nothing is returned.
     """
     choose = ChooseStorage(lowering)
@@ -111,6 +112,7 @@ def convert(model: nn.Module, *, example_inputs: Any = None, lowering: str = "au
     known = {} if example_inputs is not None else _captured(model)
     folding = (Capture(example_inputs), FindSites(), InsertMasks(), FoldMasks())
     folded, records = run(folding, Program(source, graphs=known))
+    _check_folded(folded)
     shrunk, shrinking = run((ShrinkDims(),), folded)
     chosen, lowerings = run((choose, PropagateLayout(), LowerMatmuls()), shrunk)
     small, comparison, name = _plain(chosen), None, "converted"
@@ -126,6 +128,15 @@ def convert(model: nn.Module, *, example_inputs: Any = None, lowering: str = "au
     report = make_report(chosen, records, comparison, name)
     attach_state(small, State(records=records, report=report, graphs=chosen.graphs))
     return small
+
+
+def _check_folded(program: Program) -> None:
+    for name in sorted(program.unfolded):
+        raise ValueError(
+            f"{name} is read by a matmul, with its mask, and elsewhere without it, so one stored "
+            "weight cannot serve both. Hold it under two names (a tied parameter), or leave it "
+            f'alone when preparing: overrides={{"{name}": None}}.'
+        )
 
 
 def _alternatives(chosen: Program, shrunk: Program) -> dict[str, tuple[Program, list[Record]]]:
@@ -244,9 +255,9 @@ def _late_rule(state: State, site: Site) -> Rule | None:
     rule = replace(state.config, overrides=fitting).rules([site], [site.name]).get(site.name)
     if rule is not None and state.optimizer_built:
         raise ValueError(
-            f"{site.name} feeds a matmul, but had no scores when the optimizer was built. "
-            "Pass example_inputs= to mvpfx.prepare, call the prepared model once before "
-            f'mvpfx.parameter_groups, or leave it alone: overrides={{"{site.name}": None}}.'
+            f"{site.name} feeds a matmul, but had no scores when the optimizer or scheduler was "
+            "built. Pass example_inputs= to mvpfx.prepare, call the prepared model once before "
+            f'building them, or leave it alone: overrides={{"{site.name}": None}}.'
         )
     return rule
 

@@ -9,6 +9,8 @@ from torch import nn
 
 from mvpfx.checks import as_count
 from mvpfx.mask import Mask
+from mvpfx.ranking import rank_together
+from mvpfx.state import mark_optimizer_built
 
 
 class SparsityScheduler:
@@ -38,8 +40,11 @@ class SparsityScheduler:
         if not self._masks:
             raise ValueError(
                 f"{type(model).__name__} has no masks to schedule. "
-                "Call mvpfx.prepare(model) before SparsityScheduler(model, ...)."
+                "Call mvpfx.prepare(model) before SparsityScheduler(model, ...); where its matmuls "
+                "are functional, with example_inputs=."
             )
+        mark_optimizer_built(model)
+        rank_together(self._masks)
         self._move()
 
     @property

@@ -26,7 +26,7 @@ class State:
         seen: every weight that was considered, masked or not.
         regions: names of the modules that are captured as one graph each.
         default_everywhere: whether a site found later, in a graph, is masked unless told otherwise.
-        optimizer_built: set by `parameter_groups`; from then on no site may appear.
+        optimizer_built: set by `parameter_groups` and the scheduler; then no site may appear.
         records: one entry a pass, in the order they ran.
         late: decisions made after `prepare`, when a region was first called.
         report: what `convert` did; None for a prepared model.
@@ -80,7 +80,7 @@ def state_of(model: nn.Module) -> State:
 
 
 def mark_optimizer_built(model: nn.Module) -> None:
-    """Record that parameter groups were handed out, so that a site appearing later is an error."""
+    """Record that training was set up, so that a site that appears later is an error."""
     state = find_state(model)
     if state is not None:
         state.optimizer_built = True

@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import mvpfx
 from mvpfx.mask import Mask
@@ -145,9 +144,10 @@ class Stateful(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.count += 1
-        self.last = self.layer(x)
-        self.seen.append(self.last)
-        return self.last * 2
+        out = self.layer(x)
+        self.last = out
+        self.seen.append(out)
+        return out * 2
 
 
 def test_5_state_written_by_a_forward_is_real_and_written_once() -> None:
@@ -166,7 +166,7 @@ def test_5_inner_hooks_run_and_keep_working() -> None:
     raw, batch = build("mlp")
     model = prepared(copy.deepcopy(raw)).eval()
     model(**batch)
-    seen: list[Tensor] = []
+    seen: list[Any] = []
     handle = model.get_submodule("0").register_forward_hook(lambda m, a, out: seen.append(out))
     out = model(**batch)
     handle.remove()
@@ -293,42 +293,3 @@ def test_9_copies_and_pickles_work_on_their_own(name: str) -> None:
             for parameter in copied.parameters():
                 parameter.zero_()
         torch.testing.assert_close(output(model(**batch)), wanted)
-
-
-def test_checkpointing_inside_a_region_falls_back() -> None:
-    class Inside(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.layer, x, use_reentrant=False)  # pyright: ignore[reportReturnType]
-
-    raw = Inside()
-    model = prepared(copy.deepcopy(raw))
-    x = torch.randn(2, 4)
-    torch.testing.assert_close(model(x), masked_copy(raw, model)(x))
-    assert "activation checkpointing inside the region" in mvpfx.explain(model)
-
-
-def test_sizes_of_one_and_new_sizes_are_right() -> None:
-    raw, _ = build("bert")
-    model = prepared(copy.deepcopy(raw)).eval()
-    reference = masked_copy(raw, model).eval()
-    for batch, length in ((2, 8), (1, 8), (3, 1), (1, 1), (4, 16), (2, 32)):
-        ids = torch.randint(3, 99, (batch, length))
-        torch.testing.assert_close(model(ids).logits, reference(ids).logits, rtol=1e-5, atol=1e-6)
-    region = region_of(model.get_submodule("bert.encoder.layer.0"))
-    assert region is not None and not region.declined
-
-
-def test_generate_with_cache_equals_reference() -> None:
-    for name in ("llama_cached", "gpt2"):
-        raw, batch = build(name)
-        model: Any = prepared(copy.deepcopy(raw)).eval()
-        reference: Any = masked_copy(raw, model).eval()
-        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "use_cache": True}
-        ids = batch["input_ids"]
-        mask = torch.ones_like(ids)
-        found = model.generate(ids, attention_mask=mask, **options)
-        assert torch.equal(found, reference.generate(ids, attention_mask=mask, **options))
