@@ -34,7 +34,7 @@ def interleaved_ms(
     """
     times: dict[str, list[float]] = {name: [] for name in models}
     inputs = {name: to_device(batch, model.eval()) for name, model in models.items()}
-    with torch.inference_mode():
+    with torch.no_grad():
         for turn in tqdm(range(-3, rounds), desc=label, mininterval=1.0):
             for name in list(models)[:: 1 if turn % 2 else -1]:
                 synchronize()

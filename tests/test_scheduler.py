@@ -181,7 +181,8 @@ def test_past_the_end() -> None:
 def test_nothing_to_schedule() -> None:
     message = (
         "Linear has no masks to schedule. "
-        "Call mvpfx.prepare(model) before SparsityScheduler(model, ...)."
+        "Call mvpfx.prepare(model) before SparsityScheduler(model, ...); where its matmuls are "
+        "functional, with example_inputs=."
     )
     with raises(ValueError, message):
         SparsityScheduler(nn.Linear(2, 2), 10)
