@@ -81,6 +81,7 @@ def prepare(
     )
     attach_state(model, state)
     _install(model, program, state, lazy=example_inputs is None)
+    state.graphs = {n: graph for n, graph in program.graphs.items() if n in state.regions}
     return model
 
 
@@ -170,21 +171,20 @@ def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
 
     Returns:
         Region name -> `fx.GraphModule`. A prepared model shows what it has captured so far: a
-        region appears after its first call.
+        region appears after its first call, or at once where `prepare` had example inputs.
 
     Raises:
         ValueError: the model is neither prepared nor converted.
     """
     state = state_of(model)
-    if state.report is not None:
-        return {n: _graph_module(model, n, graph) for n, graph in state.graphs.items()}
-    found: dict[str, fx.GraphModule] = {}
-    for name in state.regions:
-        region = region_of(model.get_submodule(name))
-        captured = region.graphs() if region is not None else []
-        if captured:
-            found[name] = _graph_module(model, name, captured[-1])
-    return found
+    found = dict(state.graphs)
+    if state.report is None:
+        for name in state.regions:
+            region = region_of(model.get_submodule(name))
+            captured = region.graphs() if region is not None else []
+            if captured:
+                found[name] = captured[-1]
+    return {name: _graph_module(model, name, graph) for name, graph in found.items()}
 
 
 def _install(model: nn.Module, program: Program, state: State, lazy: bool) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
@@ -30,7 +31,7 @@ class State:
         records: one entry a pass, in the order they ran.
         late: decisions made after `prepare`, when a region was first called.
         report: what `convert` did; None for a prepared model.
-        graphs: the lowered graphs of a converted model by region.
+        graphs: by region, the lowered graphs of a converted model, or those captured by `prepare`.
     """
 
     config: PruningConfig | None = None
@@ -43,6 +44,24 @@ class State:
     late: list[Decision] = field(default_factory=list["Decision"])
     report: Report | None = None
     graphs: dict[str, fx.Graph] = field(default_factory=dict["str", "fx.Graph"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Graphs hold fake tensors and do not go into files."""
+        return {**self.__dict__, "graphs": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        """A copy of its own lists; graphs and records are shared, since nobody changes them."""
+        copied = copy.copy(self)
+        copied.__dict__.update(
+            sites=dict(self.sites),
+            seen=set(self.seen),
+            regions=list(self.regions),
+            records=list(self.records),
+            late=list(self.late),
+            graphs=dict(self.graphs),
+        )
+        memo[id(self)] = copied
+        return copied
 
 
 def attach_state(model: nn.Module, state: State) -> None:

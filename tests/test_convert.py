@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -155,7 +156,8 @@ def test_converted_models_copy_save_and_move() -> None:
     model, batch = pruned("bert")
     small = mvpfx.convert(model, example_inputs=batch, lowering="csr")
     wanted = small(**batch).logits
-    copied = copy.deepcopy(small)
-    copied.load_state_dict(small.state_dict())
-    assert torch.equal(copied(**batch).logits, wanted)
-    assert mvpfx.sparsity_table(copied) == mvpfx.sparsity_table(small)
+    for copied in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        copied.load_state_dict(small.state_dict())
+        assert torch.equal(copied(**batch).logits, wanted)
+        assert mvpfx.sparsity_table(copied) == mvpfx.sparsity_table(small)
+    assert mvpfx.graphs(copy.deepcopy(small)).keys() == mvpfx.graphs(small).keys()

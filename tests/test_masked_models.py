@@ -180,6 +180,7 @@ def test_save_pretrained_loads_in_plain_transformers(name: str, tmp_path: Any) -
 def test_blocks_hold_ffn_pairs_and_attention_in_one_graph() -> None:
     model, batch = build("bert")
     prepared = mvpfx.prepare(model, config(), example_inputs=batch)
+    assert list(mvpfx.graphs(prepared)) == state_of(prepared).regions
     prepared(**batch)
     assert not any(declined(prepared))
     found = mvpfx.graphs(prepared)
