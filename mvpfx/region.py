@@ -242,6 +242,10 @@ def _signature(module: nn.Module, flat: list[Any], spec: Any) -> tuple[Any, ...]
 _PLAIN = frozenset((bool, int, float, str, type(None)))
 
 
+_WRITTEN = frozenset(("problem_type",))
+"""Config entries that task heads write at their first call, and blocks do not read."""
+
+
 def _configuration(module: nn.Module) -> tuple[Any, ...]:
     """All that a forward may branch on besides its arguments: the modules there are, their plain
     attributes, and those of their configs. Leaves and masks are called live, so theirs are not.
@@ -266,7 +270,7 @@ def _configuration(module: nn.Module) -> tuple[Any, ...]:
                 stack.append(child)
     for config in configs:
         fields = getattr(config, "__dict__", {})
-        values.extend(v for v in fields.values() if type(v) in _PLAIN)
+        values.extend(v for k, v in fields.items() if type(v) in _PLAIN and k not in _WRITTEN)
     return tuple(values)
 
 
