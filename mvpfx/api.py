@@ -15,7 +15,7 @@ from mvpfx.facts import SPARSE
 from mvpfx.hf import is_pretrained
 from mvpfx.mask import Mask
 from mvpfx.passes.capture import Capture
-from mvpfx.passes.choose_storage import ChooseStorage
+from mvpfx.passes.choose_storage import HOPELESS, ChooseStorage
 from mvpfx.passes.find_sites import FindSites, graph_sites
 from mvpfx.passes.fold_masks import FoldMasks
 from mvpfx.passes.insert_masks import InsertMasks, mask_name
@@ -144,8 +144,12 @@ def _alternatives(chosen: Program, shrunk: Program) -> dict[str, tuple[Program, 
     """Other choices of storage worth a comparison end to end, where any site is sparse."""
     if not any(storage in SPARSE for storage in chosen.storages.values()):
         return {}
+    timed = replace(shrunk, timings=chosen.timings)
+    why = "alike for all sites, which is fastest end to end"
     return {
-        f"all {storage}": run((ChooseStorage(storage), PropagateLayout(), LowerMatmuls()), shrunk)
+        f"all {storage}": run(
+            (ChooseStorage(storage, HOPELESS, why), PropagateLayout(), LowerMatmuls()), timed
+        )
         for storage in ("dense", "csr")
     }
 

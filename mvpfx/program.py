@@ -6,7 +6,7 @@ Reading order: `Program` (the data), `copy` (what a pass is given), `parameter` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +21,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one matmul at `tokens` rows: dense, and in the storage that was chosen."""
+    """Milliseconds of one matmul at `tokens` rows, by storage; "dense" is always among them."""
 
     tokens: int
-    before_ms: float
-    after_ms: float
+    ms: Mapping[str, float]
+
+    @property
+    def before_ms(self) -> float:
+        """As a dense matmul."""
+        return self.ms["dense"]
+
+    def after_ms(self, storage: str) -> float:
+        """In `storage`; a reduced weight is a dense one."""
+        return self.ms.get(storage, self.before_ms)
 
 
 @dataclass
@@ -58,7 +66,7 @@ class Program:
     tokens: dict[str, int] = field(default_factory=dict[str, int])
     """Site -> rows of activations that reach it, as seen on the example inputs."""
     timings: dict[str, Timing] = field(default_factory=dict[str, Timing])
-    """Site -> measured milliseconds before and after."""
+    """Site -> measured milliseconds."""
     unfolded: set[str] = field(default_factory=set[str])
     """Sites whose mask could not be folded into the weight, and stays."""
 

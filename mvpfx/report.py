@@ -113,6 +113,7 @@ def make_rows(program: Program) -> list[Row]:
             values, after_bytes, shape_after = value, _bytes(value), tuple(value.shape)
         rule = program.rules.get(site.name)
         timing = program.timings.get(site.name)
+        storage = program.storages.get(site.name, "dense")
         rows.append(
             Row(
                 site.name,
@@ -121,12 +122,12 @@ def make_rows(program: Program) -> list[Row]:
                 str(rule.granularity) if rule is not None else _DENSE_GRANULARITY,
                 int(torch.count_nonzero(values.detach())),
                 before.numel(),
-                program.storages.get(site.name, "dense"),
+                storage,
                 _bytes(before),
                 after_bytes,
                 timing.tokens if timing else None,
                 timing.before_ms if timing else None,
-                timing.after_ms if timing else None,
+                timing.after_ms(storage) if timing else None,
             )
         )
     return rows

@@ -36,6 +36,8 @@ class ChooseStorage(Pass):
 
     Args:
         lowering: "auto" takes the fastest; "dense", "csr" or "bsr" is taken wherever it can be.
+        highest_density: denser sites stay dense even where a sparse storage is named.
+        why: the reason that is recorded where a storage is named.
         rounds: timed rounds of each measurement.
 
     Raises:
@@ -46,6 +48,8 @@ class ChooseStorage(Pass):
     requires: ClassVar[tuple[str, ...]] = ("masks_folded",)
     ensures: ClassVar[tuple[str, ...]] = ("storages_chosen",)
     lowering: str = "auto"
+    highest_density: float = 1.0
+    why: str = "asked for"
     rounds: int = 11
 
     def __post_init__(self) -> None:
@@ -78,14 +82,17 @@ class ChooseStorage(Pass):
         dense = _dense_name(program, site)
         if self.lowering in SPARSE:
             reason = obstacle or (_no_block(program, layers[0]) if self.lowering == "bsr" else None)
+            density = program.density(site.name)
+            if density > self.highest_density:
+                reason = f"density {density:.2f} is too high for sparse storage"
             if reason is not None:
                 reason = f"{reason}; stays {dense}"
                 return dense, Decision(site.name, f"store as {self.lowering}", False, reason)
-            decision = Decision(site.name, f"store as {self.lowering}", True, "asked for")
+            decision = Decision(site.name, f"store as {self.lowering}", True, self.why)
             return self.lowering, decision
         action = f"store as {dense}"
         if self.lowering == "dense" or obstacle is not None:
-            return dense, Decision(site.name, action, True, obstacle or "asked for")
+            return dense, Decision(site.name, action, True, obstacle or self.why)
         density = program.density(site.name)
         if density > HOPELESS:
             reason = f"density {density:.2f} is too high for sparse storage"
@@ -111,8 +118,7 @@ class ChooseStorage(Pass):
         listed = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
         where = f"at {tokens} tokens, density {program.density(site.name):.2f}: {listed}"
         chosen = best if times[best] < MARGIN * before else dense
-        after = times[best] if chosen == best else before
-        program.timings[site.name] = Timing(tokens, before, after)
+        program.timings[site.name] = Timing(tokens, times)
         return chosen, f"measured {where}"
 
 
