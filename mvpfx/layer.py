@@ -116,7 +116,7 @@ def find_layers(program: Program) -> dict[str, dict[fx.Node, Layer]]:
     found: dict[str, dict[fx.Node, Layer]] = {}
     for region, graph in program.graphs.items():
         layers: dict[fx.Node, Layer] = {}
-        for matmul in find_matmuls(graph, _shapes(program, region)):
+        for matmul in find_matmuls(graph, program.weight_shapes(region)):
             layer = _layer(program, region, matmul, obstacle)
             if layer is not None:
                 layers[matmul.node] = layer
@@ -204,11 +204,3 @@ def find_obstacles(program: Program) -> Callable[[str], str | None]:
         return f"{name} is read {reads[name]} times" if reads[name] > 1 else None
 
     return obstacle
-
-
-def _shapes(program: Program, region: str) -> Callable[[str], tuple[int, ...] | None]:
-    def shape(target: str) -> tuple[int, ...] | None:
-        value = program.parameter(full_name(region, target))
-        return None if value is None else tuple(value.shape)
-
-    return shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mvpfx.mask import Mask
+from mvpfx.scheduler import masks_of
 
 
 def penalty(model: nn.Module) -> Tensor:
@@ -24,11 +24,7 @@ def penalty(model: nn.Module) -> Tensor:
     Returns:
         A float32 scalar on the model's device; 0 where no criterion has a penalty.
     """
-    masks = [
-        module
-        for module in model.modules()
-        if isinstance(module, Mask) and module.criterion.penalised
-    ]
+    masks = [mask for mask in masks_of(model) if mask.criterion.penalised]
     first = next(model.parameters(), None)
     total = torch.zeros((), device=first.device if first is not None else None)
     for mask in masks:

@@ -6,7 +6,7 @@ Reading order: `Program` (the data), `copy` (what a pass is given), `parameter` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mvpfx.site import Site
+from mvpfx.weights import parameter_names
 
 if TYPE_CHECKING:
     from mvpfx.config import Rule
@@ -117,6 +118,20 @@ class Program:
         for region, graph in self.graphs.items():
             for node in graph.nodes:
                 yield region, node
+
+    def weight_shapes(self, region: str) -> Callable[[str], tuple[int, ...] | None]:
+        """Return a function: target of a get_attr node in `region` -> shape of that parameter.
+
+        None for what is no parameter of the model: a buffer, a constant, a module.
+        """
+        known = parameter_names(self.model)
+
+        def shape(target: str) -> tuple[int, ...] | None:
+            name = full_name(region, target)
+            value = self.parameter(name) if name in known else None
+            return None if value is None else tuple(value.shape)
+
+        return shape
 
     def site_of(self, parameter_name: str) -> Site | None:
         """Return the site that `parameter_name` (or a tied name of it) belongs to."""

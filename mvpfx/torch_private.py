@@ -29,7 +29,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 REQUIRED: dict[str, tuple[str, ...]] = {
     "torch._C": ("_set_grad_enabled",),
-    "torch._C._nn": ("linear", "gelu"),
+    "torch._C._nn": ("linear",),
     "torch._dynamo.source": ("ConstantSource",),
     "torch._subclasses.fake_tensor": ("FakeTensor", "FakeTensorMode"),
     "torch.fx.experimental.symbolic_shapes": ("DimDynamic", "ShapeEnv", "StatelessSymbolicContext"),
@@ -56,7 +56,6 @@ CHECKPOINT_GENERATOR = "_checkpoint_without_reentrant_generator"
 """What `torch.utils.checkpoint.checkpoint` calls without reentrance, in the same module."""
 set_grad_enabled = torch._C._set_grad_enabled
 linear = torch._C._nn.linear
-gelu = torch._C._nn.gelu
 grouped_mm = torch._grouped_mm
 
 _OPERATORS: dict[str, Callable[..., Any]] = {

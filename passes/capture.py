@@ -75,13 +75,7 @@ def _tokens(program: Program) -> dict[str, int]:
     known = parameter_names(program.model)
     tokens: dict[str, int] = {}
     for region, graph in program.graphs.items():
-
-        def shape_of(target: str, region: str = region) -> tuple[int, ...] | None:
-            name = full_name(region, target)
-            value = program.parameter(name) if name in known else None
-            return tuple(value.shape) if value is not None else None
-
-        for use in find_matmuls(graph, shape_of):
+        for use in find_matmuls(graph, program.weight_shapes(region)):
             count = token_count(use)
             for name in known[full_name(region, use.weight.target)] if count else ():
                 tokens[name] = max(tokens.get(name, 0), count or 0)

@@ -96,12 +96,7 @@ def sites(program: Program) -> str | None:
 
 def graph_sites(program: Program, region: str, graph: fx.Graph) -> Iterator[Site]:
     """The sites one graph shows, by the name under which its first matmul reads them."""
-
-    def shape_of(target: str) -> tuple[int, ...] | None:
-        value = program.parameter(full_name(region, target))
-        names = full_name(region, target) in known
-        return tuple(value.shape) if value is not None and names else None
-
+    shape_of = program.weight_shapes(region)
     known = parameter_names(program.model)
     for use in find_matmuls(graph, shape_of):
         name = full_name(region, use.weight.target)

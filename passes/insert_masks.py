@@ -74,16 +74,15 @@ def unmasked(program: Program, region: str, graph: fx.Graph) -> list[Matmul]:
     """The uses of masked parameters in one graph that read the raw parameter."""
     known = parameter_names(program.model)
 
-    def shape_of(target: str) -> tuple[int, ...] | None:
-        name = full_name(region, target)
-        value = program.parameter(name) if name in known else None
-        return tuple(value.shape) if value is not None else None
-
     def has_mask(use: Matmul) -> bool:
         names = known[full_name(region, use.weight.target)]
         return any(mask_of(program, name) is not None for name in names)
 
-    return [u for u in find_matmuls(graph, shape_of) if u.mask is None and has_mask(u)]
+    return [
+        u
+        for u in find_matmuls(graph, program.weight_shapes(region))
+        if u.mask is None and has_mask(u)
+    ]
 
 
 def _target(program: Program, region: str, use: Matmul) -> str:
