@@ -12,7 +12,6 @@ from torch import fx, nn
 from mvpfx.comparison import compare_models
 from mvpfx.config import PruningConfig, Rule
 from mvpfx.facts import SPARSE
-from mvpfx.hf import is_pretrained
 from mvpfx.mask import Mask
 from mvpfx.passes.capture import Capture
 from mvpfx.passes.choose_storage import HOPELESS, ChooseStorage
@@ -31,6 +30,7 @@ from mvpfx.report import make_report
 from mvpfx.site import Site
 from mvpfx.state import State, attach_state, detach_state, find_state, state_of
 from mvpfx.swap import drop_runtimes, original_class, restore, swap_class
+from mvpfx.transformers_types import is_pretrained
 from mvpfx.variant import resolve
 from mvpfx.weights import weight_owners
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx
 
 from mvpfx.elementwise import Operation, evaluate, find_operation
-from mvpfx.hf import is_conv1d
 from mvpfx.layer import Layer, is_own_call, user_names
 from mvpfx.program import Program, full_name
+from mvpfx.transformers_types import is_conv1d
 
 
 @dataclass(frozen=True)

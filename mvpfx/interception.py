@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.utils import checkpoint
 
-from mvpfx.hf import AttentionIsLeaf
 from mvpfx.leaves import autograd_leaf, is_leaf_type
 from mvpfx.recording import CaptureError
 from mvpfx.torch_private import CHECKPOINT_GENERATOR
+from mvpfx.transformers_types import AttentionIsLeaf
 
 if TYPE_CHECKING:
     from mvpfx.recorder import Recorder

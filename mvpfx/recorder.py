@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
-from mvpfx.hf import is_cache
 from mvpfx.interception import Interception, SideEffects
 from mvpfx.leaves import FAKE_RULES, Leaf, fake_module
 from mvpfx.recording import CONSTANTS, SELF, CaptureError, Opaque, Recording
@@ -25,6 +24,7 @@ from mvpfx.torch_private import (
     pytree,
     set_grad_enabled,
 )
+from mvpfx.transformers_types import is_cache
 
 _KEPT_NAMES = ("__setitem__",)
 

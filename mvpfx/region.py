@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mvpfx.hf import is_cache, is_checkpointed_block
 from mvpfx.interception import is_capturing
 from mvpfx.leaves import is_leaf_type
 from mvpfx.mask import Mask
@@ -21,6 +20,7 @@ from mvpfx.recorder import Recorder
 from mvpfx.recording import CONSTANTS, CaptureError, Recording
 from mvpfx.swap import original_class, runtime_of, set_runtime
 from mvpfx.torch_private import autocast_state, is_fake, pytree
+from mvpfx.transformers_types import is_cache, is_checkpointed_block
 from mvpfx.variant import Variant
 
 MOST_VARIANTS = 32

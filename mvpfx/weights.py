@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from mvpfx.hf import is_conv1d
 from mvpfx.site import Site
+from mvpfx.transformers_types import is_conv1d
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from mvpfx.cost import MARGIN, break_even, measure_storages
 from mvpfx.facts import SPARSE
-from mvpfx.hf import is_conv1d
 from mvpfx.layer import Layer, find_layers, is_linear, is_own_call, tied_names
 from mvpfx.pipeline import Decision, Pass
 from mvpfx.program import Program, Timing, full_name
 from mvpfx.site import Site
 from mvpfx.storage import find_block, stored_fraction
+from mvpfx.transformers_types import is_conv1d
 
 LOWERINGS = ("auto", "dense", *SPARSE)
 HOPELESS = 0.6

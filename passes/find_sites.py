@@ -10,7 +10,6 @@ from torch import fx
 
 from mvpfx.config import PruningConfig
 from mvpfx.facts import fact
-from mvpfx.hf import base_model_name, is_pretrained
 from mvpfx.mask import Mask
 from mvpfx.matmul import find_matmuls
 from mvpfx.pipeline import Decision, Pass
@@ -18,6 +17,7 @@ from mvpfx.program import Program, full_name
 from mvpfx.region import block_names
 from mvpfx.site import Site
 from mvpfx.swap import original_class
+from mvpfx.transformers_types import base_model_name, is_pretrained
 from mvpfx.weights import layer_sites, parameter_names, weight_owners
 
 
