@@ -77,7 +77,7 @@ class Criterion(ABC):
     def apply(self, mask: Mask, weight: Tensor) -> Tensor:
         """The weight the matmul sees, of the same shape and dtype: by default `W * M`."""
         scores = mask.scores if self.stored == "parameter" else None
-        return apply_mask(weight, scores, mask.factor(), mask.granularity, mask.site.out_dim)
+        return apply_mask(weight, scores, mask.factor(weight), mask.granularity, mask.site.out_dim)
 
     def penalty(self, mask: Mask) -> Tensor:
         """Differentiable scalar that the penalty multiplies by `lambda`; for `penalised` ones."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +12,11 @@ from mvpfx.checks import check_weight, count_nan
 from mvpfx.config import Rule
 from mvpfx.criterion import Criterion, find
 from mvpfx.granularity import from_matrix, to_matrix
+from mvpfx.mask_operator import register_source, traced_mask
 from mvpfx.ranking import Ranking
 from mvpfx.schedule import Schedule
 from mvpfx.site import Site
-from mvpfx.torch_private import is_fake
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def _outside_graphs(function: _F) -> _F:
-    """Have `torch.compile` call `function` instead of tracing it: its cache lives in Python."""
-    return cast("_F", torch.compiler.disable(function))
-
+from mvpfx.torch_private import is_fake, modes_off
 
 class Mask(nn.Module):
     """Scores, targets and schedule of one site; calling it masks the weight.
@@ -67,6 +60,7 @@ class Mask(nn.Module):
         self._hold(weight)
         self.plan = None
         self.register_buffer("scores", None)
+        self.handle = register_source(self)
         with torch.no_grad(), torch.inference_mode(False):
             scores = self.criterion.initial(self)
         if scores is not None:
@@ -116,13 +110,14 @@ class Mask(nn.Module):
         self.penalty_lambda, self.step = targets.penalty_lambda, step
         self.forget()
 
-    @_outside_graphs
     def forward(self, weight: Tensor) -> Tensor:
         """The masked weight, in shape, dtype and device of `weight`.
 
         Raises:
             ValueError: if the scores, or the weights they come from, hold NaN.
         """
+        if torch.compiler.is_compiling():
+            return self.criterion.apply(self, weight)
         if isinstance(weight, nn.Parameter) and not is_fake(weight):
             self._hold(weight)
         return self.criterion.apply(self, weight)
@@ -149,12 +144,20 @@ class Mask(nn.Module):
         rows, cols = self.granularity.units_shape(self.site)
         return rows * cols
 
-    def factor(self) -> Tensor | None:
-        """What the weight is multiplied by: the mask, or None where every weight stays.
+    def factor(self, weight: Tensor) -> Tensor | None:
+        """What `weight` is multiplied by: the mask, or None where every weight stays.
+
+        While a graph is traced it is one node of it, which finds the mask when the graph runs;
+        `torch.export` has the mask stored in its graph as it is.
 
         Raises:
             ValueError: if the scores, or the weights they come from, hold NaN.
         """
+        if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling():
+                return traced_mask(weight, self.scores, self.handle)
+            with modes_off():
+                return self.mask()
         mask = self.mask()
         return None if self.density is not None and self.density >= 1 else mask
 
@@ -181,8 +184,9 @@ class Mask(nn.Module):
 
     def require_scores(self) -> Tensor:
         """The scores, where the criterion stores them."""
-        assert self.scores is not None, f"{self.rule.criterion} stores no scores"
-        return self.scores
+        scores = self._stored()
+        assert scores is not None, f"{self.rule.criterion} stores no scores"
+        return scores
 
     def check_finite(self, values: Tensor) -> None:
         """Make sure that scores or weights are no NaN.
@@ -202,13 +206,21 @@ class Mask(nn.Module):
 
     def own_state(self) -> Hashable:
         """What this mask depends on, to be compared: changes where scores, weight or targets do."""
-        # Read past nn.Module's __getattr__: every mask of a pool is asked in every forward.
-        source = self._parameters.get("scores", self._buffers.get("scores"))
+        source = self._stored()
         if source is None:
             source = self._weight
         if is_fake(source) or source.is_inference():
             return object()
         return source.data_ptr(), source._version, self.density, self.threshold
+
+    def _stored(self) -> Tensor | None:
+        """The scores; `torch.export` puts fakes in their place, but their values are needed."""
+        # Read past nn.Module's __getattr__: every mask of a pool is asked in every forward.
+        scores = self._parameters.get("scores", self._buffers.get("scores"))
+        if scores is not None and is_fake(scores) and torch.compiler.is_exporting():
+            return self.__dict__["_last_stored"]
+        self.__dict__["_last_stored"] = scores
+        return scores
 
     def forget(self) -> None:
         """Compute the mask anew at the next use.
@@ -228,8 +240,9 @@ class Mask(nn.Module):
         key = self.ranking.state()
         if self._cache is None or self._cache[0] != key:
             with torch.no_grad(), torch.inference_mode(False):
-                if self.scores is not None:
-                    self.check_finite(self.scores.detach())
+                stored = self._stored()
+                if stored is not None:
+                    self.check_finite(stored.detach())
                 kept = self.criterion.kept(self)
                 height, width = to_matrix(self._weight, self.site.out_dim).shape
                 matrix = self.granularity.expand(kept, height, width)
@@ -255,8 +268,14 @@ class Mask(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the cache, which a copy computes for itself."""
-        return {**self.__dict__, "_cache": None}
+        """All but the cache, which a copy computes for itself, and the handle of this very mask."""
+        own = ("handle", "_last_stored")
+        state = {key: value for key, value in self.__dict__.items() if key not in own}
+        return {**state, "_cache": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.handle = register_source(self)
 
     def extra_repr(self) -> str:
         """Site, criterion and target, as `print(model)` shows them."""

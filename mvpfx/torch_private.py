@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._python_dispatch import _disable_current_modes as modes_off
 from torch.utils._sympy import functions as symbolic
 from torch.utils._sympy.printers import PythonPrinter
 
@@ -38,6 +39,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "torch.utils._sympy.printers": ("PythonPrinter",),
     "torch": ("is_autocast_cache_enabled", "set_autocast_cache_enabled", "_grouped_mm"),
     "torch.utils.checkpoint": ("_checkpoint_without_reentrant_generator", "CheckpointFunction"),
+    "torch.utils._python_dispatch": ("_disable_current_modes",),
     "torch.overrides": ("TorchFunctionMode", "is_tensor_method_or_property"),
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "SymbolicShapes",
     "expression_operator",
     "is_fake",
+    "modes_off",
     "pytree",
     "set_grad_enabled",
     "sympy",
