@@ -29,7 +29,7 @@ from mvpfx.region import Region, make_region, region_modules, region_of
 from mvpfx.report import make_report
 from mvpfx.site import Site
 from mvpfx.state import State, attach_state, detach_state, find_state, state_of
-from mvpfx.swap import drop_runtimes, original_class, restore, swap_class
+from mvpfx.swap import drop_runtimes, original_class, restore, swap_ancestors, swap_class
 from mvpfx.transformers_types import is_pretrained
 from mvpfx.variant import resolve
 from mvpfx.weights import weight_owners
@@ -218,6 +218,7 @@ def _attach(model: nn.Module, site: Site, mask: nn.Module | None) -> Iterator[st
             owner.__dict__[mask_name(leaf)] = mask
         if name == site.name or not isinstance(owner, nn.Embedding):
             swap_class(owner, masked=(leaf,))
+            swap_ancestors(model, parent_name(name))
             yield parent_name(name)
 
 

@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from mvpfx.distributed import gathered, is_sharded
 from mvpfx.site import Site
 from mvpfx.torch_private import is_fake
 
@@ -72,6 +73,11 @@ def check_weight(site: Site, weight: Tensor) -> None:
         ValueError: if it is on the meta device or holds NaN.
     """
     left_out = f'overrides={{"{site.module_name or site.name}": None}}'
+    if is_sharded(weight):
+        raise ValueError(
+            f"{site.name} is sharded over ranks already, and scores start from the whole weight. "
+            "Call mvpfx.prepare before fully_shard."
+        )
     if weight.dtype not in MASKABLE:
         needed = ", ".join(str(dtype).removeprefix("torch.") for dtype in MASKABLE)
         found = str(weight.dtype).removeprefix("torch.")
@@ -92,9 +98,25 @@ def check_weight(site: Site, weight: Tensor) -> None:
         )
 
 
+def check_scores_dtype(site: Site, scores: Tensor | None) -> None:
+    """Make sure that scores are float32: rounded, they would be ranked by chance.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if scores is not None and scores.dtype != torch.float32:
+        found = str(scores.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"the scores of {site.name} are {found}, and only float32 ranks them exactly. Leave "
+            "them out of what casts parameters; for fully_shard with a mixed precision policy call "
+            "mvpfx.distributed.shard_scores(block, mesh=mesh) before fully_shard(block, ...)."
+        )
+
+
 @torch.no_grad()
 def count_nan(values: Tensor) -> int:
     """How many of `values` are NaN: one sum where none is. Fake tensors have none."""
+    values = gathered(values)
     if is_fake(values) or not torch.isnan(values.sum()):
         return 0
     return int(torch.isnan(values).sum())

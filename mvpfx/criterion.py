@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from mvpfx.distributed import gathered, mean
 from mvpfx.score_init import initial_scores
 from mvpfx.straight_through import apply_mask
 
@@ -68,7 +69,9 @@ class Criterion(ABC):
 
     @abstractmethod
     def importance(self, mask: Mask) -> Tensor:
-        """What decides on each unit, float32 `[r, c]`, detached: greater stays longer."""
+        """What decides on each unit, float32 `[r, c]`, detached: greater stays longer. A `DTensor`
+        where the scores are one.
+        """
 
     def kept(self, mask: Mask) -> Tensor:
         """Which units stay, bool `[r, c]`: by default the top of the ranking the mask is in."""
@@ -123,11 +126,11 @@ class SoftMovement(Movement):
 
     def kept(self, mask: Mask) -> Tensor:
         """The units whose `sigmoid(S)` is above the threshold."""
-        return torch.sigmoid(mask.require_scores().detach()) > mask.threshold
+        return torch.sigmoid(gathered(mask.require_scores().detach())) > mask.threshold
 
     def penalty(self, mask: Mask) -> Tensor:
         """Mean of `sigmoid(S)` over the units of this site."""
-        return torch.sigmoid(mask.require_scores()).mean()
+        return mean(torch.sigmoid(mask.require_scores()))
 
 
 class Magnitude(Criterion):

@@ -13,7 +13,7 @@ from torch.utils import checkpoint
 
 from mvpfx.leaves import autograd_leaf, is_leaf_type
 from mvpfx.recording import CaptureError
-from mvpfx.torch_private import CHECKPOINT_GENERATOR
+from mvpfx.torch_private import CHECKPOINT_GENERATOR, in_backward
 from mvpfx.transformers_types import AttentionIsLeaf
 
 if TYPE_CHECKING:
@@ -36,6 +36,23 @@ class Capturing:
 
     def __exit__(self, *error: object) -> None:
         _thread.depth -= 1
+
+
+class Running:
+    """While entered, this thread is inside the forward of a prepared module."""
+
+    def __enter__(self) -> None:
+        _thread.running = getattr(_thread, "running", 0) + 1
+
+    def __exit__(self, *error: object) -> None:
+        _thread.running -= 1
+
+
+def is_running() -> bool:
+    """Whether this thread computes: in a prepared module's forward, or in a backward pass, where
+    checkpointed code runs again.
+    """
+    return bool(getattr(_thread, "running", 0)) or in_backward()
 
 
 class Interception:

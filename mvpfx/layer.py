@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from mvpfx.matmul import Matmul, find_matmuls, swaps
 from mvpfx.program import Program, full_name, parent_name
+from mvpfx.swap import original_class
 
 _WEIGHT_POSITION = {"linear": 1, "addmm": 2, "matmul": 1}
 """Kind -> the argument that must be the weight, for its output features to come last."""
@@ -135,7 +136,7 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 def is_linear(module: nn.Module | None) -> bool:
     """Whether a module computes what `nn.Linear` does, subclass or not."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return isinstance(module, nn.Linear) and original_class(module).forward is nn.Linear.forward
 
 
 def is_own_call(layer: Layer) -> bool:

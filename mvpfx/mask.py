@@ -8,17 +8,20 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mvpfx.checks import check_weight, count_nan
+from mvpfx.checks import check_scores_dtype, check_weight, count_nan
 from mvpfx.config import Rule
 from mvpfx.criterion import Criterion, find
-from mvpfx.granularity import from_matrix, to_matrix
-from mvpfx.mask_operator import register_source, traced_mask
+from mvpfx.distributed import gathered, is_sharded, version
+from mvpfx.granularity import from_matrix, matrix_shape, to_matrix
+from mvpfx.mask_operator import traced_mask
+from mvpfx.mask_state import MaskState
 from mvpfx.ranking import Ranking
 from mvpfx.schedule import Schedule
 from mvpfx.site import Site
 from mvpfx.torch_private import is_fake, modes_off
 
-class Mask(nn.Module):
+
+class Mask(MaskState):
     """Scores, targets and schedule of one site; calling it masks the weight.
 
     Only `scores` is part of the state dict, and only where the criterion stores them. The weight
@@ -46,10 +49,8 @@ class Mask(nn.Module):
         ValueError: if it is on the meta device, holds NaN, or its units do not tile it.
     """
 
-    scores: Tensor | None
-
     def __init__(self, site: Site, weight: nn.Parameter, rule: Rule) -> None:
-        super().__init__()
+        super().__init__(weight)
         check_weight(site, weight)
         rule.granularity.check(site)
         self.site = site
@@ -57,10 +58,7 @@ class Mask(nn.Module):
         self.granularity = rule.granularity
         self.ranking = Ranking([self])
         self._cache: tuple[Hashable, Tensor, Tensor] | None = None
-        self._hold(weight)
         self.plan = None
-        self.register_buffer("scores", None)
-        self.handle = register_source(self)
         with torch.no_grad(), torch.inference_mode(False):
             scores = self.criterion.initial(self)
         if scores is not None:
@@ -114,13 +112,20 @@ class Mask(nn.Module):
         """The masked weight, in shape, dtype and device of `weight`.
 
         Raises:
-            ValueError: if the scores, or the weights they come from, hold NaN.
+            ValueError: if the scores, or the weights they come from, hold NaN, or if the scores
+                are not float32.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_fake(weight):
             return self.criterion.apply(self, weight)
-        if isinstance(weight, nn.Parameter) and not is_fake(weight):
-            self._hold(weight)
-        return self.criterion.apply(self, weight)
+        check_scores_dtype(self.site, self.scores)
+        held = self._weight
+        if isinstance(weight, nn.Parameter):
+            self.hold(weight)
+        try:
+            return self.criterion.apply(self, weight)
+        finally:
+            if is_sharded(held):
+                self.hold(held)
 
     def kept(self) -> Tensor:
         """Which units stay, bool `[r, c]`.
@@ -172,21 +177,15 @@ class Mask(nn.Module):
         where it is float32, or the mean of `abs(W)` over a larger unit.
         """
         if self.granularity.is_element:
-            return to_matrix(self._weight.detach(), self.site.out_dim).float()
+            return to_matrix(gathered(self._weight.detach()), self.site.out_dim).float()
         return self.magnitude()
 
     def magnitude(self) -> Tensor:
         """Mean `abs(W)` of each unit, float32 `[r, c]`, detached."""
-        weight = to_matrix(self._weight.detach(), self.site.out_dim)
+        weight = to_matrix(gathered(self._weight.detach()), self.site.out_dim)
         rows, cols = self.granularity.block(self.site)
         total = self.granularity.reduce(weight.float().abs()).contiguous()
         return total if rows * cols == 1 else total.div_(rows * cols)
-
-    def require_scores(self) -> Tensor:
-        """The scores, where the criterion stores them."""
-        scores = self._stored()
-        assert scores is not None, f"{self.rule.criterion} stores no scores"
-        return scores
 
     def check_finite(self, values: Tensor) -> None:
         """Make sure that scores or weights are no NaN.
@@ -203,24 +202,6 @@ class Mask(nn.Module):
             "mask. Training has diverged: lower lr or score_lr, clip the gradients, "
             "or go back to an earlier checkpoint."
         )
-
-    def own_state(self) -> Hashable:
-        """What this mask depends on, to be compared: changes where scores, weight or targets do."""
-        source = self._stored()
-        if source is None:
-            source = self._weight
-        if is_fake(source) or source.is_inference():
-            return object()
-        return source.data_ptr(), source._version, self.density, self.threshold
-
-    def _stored(self) -> Tensor | None:
-        """The scores; `torch.export` puts fakes in their place, but their values are needed."""
-        # Read past nn.Module's __getattr__: every mask of a pool is asked in every forward.
-        scores = self._parameters.get("scores", self._buffers.get("scores"))
-        if scores is not None and is_fake(scores) and torch.compiler.is_exporting():
-            return self.__dict__["_last_stored"]
-        self.__dict__["_last_stored"] = scores
-        return scores
 
     def forget(self) -> None:
         """Compute the mask anew at the next use.
@@ -240,42 +221,32 @@ class Mask(nn.Module):
         key = self.ranking.state()
         if self._cache is None or self._cache[0] != key:
             with torch.no_grad(), torch.inference_mode(False):
-                stored = self._stored()
+                stored = self.stored()
                 if stored is not None:
                     self.check_finite(stored.detach())
                 kept = self.criterion.kept(self)
-                height, width = to_matrix(self._weight, self.site.out_dim).shape
-                matrix = self.granularity.expand(kept, height, width)
+                matrix = self.granularity.expand(kept, *matrix_shape(self.site))
                 mask = from_matrix(matrix, self.site.shape, self.site.out_dim).contiguous()
+            if self.shard is not None:
+                return kept, mask  # a rank that kept all masks would hold a byte for each weight
             self._cache = (key, kept, mask)
         return self._cache[1], self._cache[2]
 
-    def _hold(self, weight: nn.Parameter) -> None:
-        """Know the weight without owning it: not as a parameter of this module."""
-        self.__dict__["_weight"] = weight
-
-    _weight: nn.Parameter
+    def own_state(self) -> Hashable:
+        """What this mask depends on, to be compared: changes where scores, weight or targets do."""
+        source = self.source()
+        if is_fake(source) or source.is_inference():
+            return object()
+        return *version(source), self.density, self.threshold
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the scores as the model moves, but keep their float32 values."""
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(move, recurse)
+        super()._apply(fn, recurse)
         self.forget()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the cache, which a copy computes for itself, and the handle of this very mask."""
-        own = ("handle", "_last_stored")
-        state = {key: value for key, value in self.__dict__.items() if key not in own}
-        return {**state, "_cache": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.handle = register_source(self)
+        """All but the cache, which a copy computes for itself."""
+        return {**super().__getstate__(), "_cache": None}
 
     def extra_repr(self) -> str:
         """Site, criterion and target, as `print(model)` shows them."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mvpfx.distributed import gathered, kept_counts
 from mvpfx.torch_private import is_fake
 
 if TYPE_CHECKING:
@@ -28,13 +29,14 @@ class Ranking:
         self.masks = list(masks)
         self._key: Hashable = None
         self._kept: list[Tensor] = []
+        self._counts: list[int] = []
 
     def __getstate__(self) -> dict[str, object]:
-        return {"masks": self.masks, "_key": None, "_kept": []}
+        return {"masks": self.masks, "_key": None, "_kept": [], "_counts": []}
 
     def forget(self) -> None:
         """Rank anew at the next use."""
-        self._key, self._kept = None, []
+        self._key, self._kept, self._counts = None, [], []
 
     def state(self) -> Hashable:
         """What the ranking depends on, to be compared: equal states have equal masks."""
@@ -47,12 +49,29 @@ class Ranking:
             ValueError: if a member has NaN scores, or the members' densities differ.
         """
         key = self.state()
+        place = next(i for i, member in enumerate(self.masks) if member is mask)
+        if any(member.shard is not None for member in self.masks):
+            if key != self._key or not self._counts:
+                self._counts, self._key = self._kept_counts(), key
+            return top_v([gathered(mask.criterion.importance(mask))], self._counts[place])[0]
         if key != self._key or not self._kept:
-            self._kept = self._select()
-            self._key = key
-        return self._kept[next(i for i, member in enumerate(self.masks) if member is mask)]
+            self._kept, self._key = self._select(), key
+        return self._kept[place]
 
-    def _select(self) -> list[Tensor]:
+    def _kept_counts(self) -> list[int]:
+        """How many units each member keeps, where they are sharded over ranks."""
+        density = self._density()
+        count = round(density * sum(mask.units for mask in self.masks))
+        if len(self.masks) == 1:
+            return [count]
+        return kept_counts(self.masks, [m.criterion.importance(m) for m in self.masks], count)
+
+    def _density(self) -> float:
+        """The density of all members.
+
+        Raises:
+            ValueError: if they differ.
+        """
         first = self.masks[0]
         density = first.density
         for mask in self.masks:
@@ -62,11 +81,15 @@ class Ranking:
                     f"{density}, but they are ranked together. Set the density of all masks of a "
                     "pool, or use SparsityScheduler, which does."
                 )
+        return 1.0 if density is None else density
+
+    def _select(self) -> list[Tensor]:
+        density = self._density()
         importances = [mask.criterion.importance(mask) for mask in self.masks]
         for mask, importance in zip(self.masks, importances, strict=True):
             mask.check_finite(importance)
         units = sum(importance.numel() for importance in importances)
-        return top_v(importances, round((1.0 if density is None else density) * units))
+        return top_v(importances, round(density * units))
 
 
 def rank_together(masks: Iterable[Mask]) -> list[Ranking]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mvpfx.interception import is_capturing
+from mvpfx.interception import Running, is_capturing
 from mvpfx.leaves import is_leaf_type
 from mvpfx.mask import Mask
 from mvpfx.recorder import Recorder
@@ -67,7 +67,7 @@ class Region:
         kwargs: dict[str, Any],
     ) -> Any:
         """Run one call of the region: as a graph, or where it cannot be one, by `forward`."""
-        if is_capturing() or torch.compiler.is_compiling():
+        if is_capturing():
             return forward(module, *args, **kwargs)
         flat, spec = pytree.tree_flatten((args, kwargs), is_leaf=is_cache)
         try:
@@ -77,7 +77,8 @@ class Region:
             variant = str(reason)
         if isinstance(variant, str):
             self.declined[variant] = self.declined.get(variant, 0) + 1
-            return forward(module, *args, **kwargs)
+            with Running():
+                return forward(module, *args, **kwargs)
         self.calls += 1
         return variant.run(flat)
 

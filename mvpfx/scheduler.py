@@ -11,6 +11,7 @@ from mvpfx.checks import as_count
 from mvpfx.mask import Mask
 from mvpfx.ranking import rank_together
 from mvpfx.state import mark_optimizer_built
+from mvpfx.swap import MASK_SUFFIX
 
 
 class SparsityScheduler:
@@ -110,5 +111,11 @@ class SparsityScheduler:
 
 
 def masks_of(model: nn.Module) -> list[Mask]:
-    """All masks in `model`, each once, in the order of its modules."""
-    return [module for module in model.modules() if isinstance(module, Mask)]
+    """All masks in `model`, each once, in the order of its modules; they know its weights anew."""
+    modules = list(model.modules())
+    for module in modules:
+        for name, child in module._modules.items():
+            weight = module._parameters.get(name.removesuffix(MASK_SUFFIX))
+            if isinstance(child, Mask) and weight is not None:
+                child.hold(weight)
+    return [module for module in modules if isinstance(module, Mask)]

@@ -13,12 +13,15 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
-from mvpfx.interception import is_capturing
+from mvpfx.distributed import is_sharded
+from mvpfx.interception import Running, is_capturing, is_running
 
 MASK_SUFFIX = "_mask"
 _RUNTIME = "_mvpfx_region"
+_CLASS_KEY = "_mvpfx_class"
 
 
 class Runtime(Protocol):
@@ -39,36 +42,57 @@ _classes: dict[tuple[type, tuple[str, ...], bool], type] = {}
 
 
 def swap_class(module: nn.Module, masked: tuple[str, ...] = (), region: bool = False) -> None:
-    """Give `module` a subclass of its class whose `masked` parameters read as masked."""
+    """Give `module` a subclass of its class whose `masked` parameters read as masked.
+
+    Raises:
+        ValueError: another library derived a class from the swapped one, which would be lost.
+    """
     base = original_class(module)
+    kind = type(module)
+    if kind is not base and _CLASS_KEY not in vars(kind):
+        raise ValueError(
+            f"{kind.__name__} was derived from a prepared {base.__name__} before all of its sites "
+            "were known. Pass example_inputs= to mvpfx.prepare, and call it before fully_shard."
+        )
     masked = tuple(sorted({*masked, *_masked_names(type(module))}))
     region = region or _is_region_class(type(module))
     key = (base, masked, region)
     if key not in _classes:
         body: dict[str, Any] = {name: masked_property(name) for name in masked}
-        if region:
-            body["forward"] = _forward(base.forward)
         body.update(
+            forward=_forward(base.forward),
             __module__=base.__module__,
             __qualname__=base.__qualname__,
             __doc__=base.__doc__,
             __reduce_ex__=_reduce,
-            _mvpfx_class=key,
         )
+        body[_CLASS_KEY] = key
         _classes[key] = type(base.__name__, (base,), body)
     module.__class__ = _classes[key]
 
 
 def _forward(base_forward: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        runtime = runtime_of(self)
-        if runtime is None:
+        if torch.compiler.is_compiling():
             return base_forward(self, *args, **kwargs)
-        return runtime.call(self, base_forward, args, kwargs)
+        runtime = runtime_of(self)
+        if runtime is not None:
+            return runtime.call(self, base_forward, args, kwargs)
+        with Running():
+            return base_forward(self, *args, **kwargs)
 
     forward.__wrapped__ = base_forward  # pyright: ignore[reportFunctionMemberAccess]
     forward.__signature__ = inspect.signature(base_forward)  # pyright: ignore[reportFunctionMemberAccess]
     return forward
+
+
+def swap_ancestors(model: nn.Module, owner: str) -> None:
+    """Let the modules of `model` that hold module `owner` know when their forward runs."""
+    parts = owner.split(".") if owner else []
+    for length in range(len(parts)):
+        module = model.get_submodule(".".join(parts[:length]))
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            swap_class(module)
 
 
 def runtime_of(module: nn.Module) -> Runtime | None:
@@ -101,12 +125,22 @@ def restore(model: nn.Module) -> None:
 
 
 def masked_property(name: str) -> property:
-    """An attribute that reads as the masked parameter `name`, and raw while recording."""
+    """An attribute that reads as the masked parameter `name` while a forward runs.
+
+    All else reads the parameter itself: initialisation, `get_parameter`, edits in place, FSDP
+    (which also reads sharded parameters just before a block's forward), and the recorder, whose
+    graphs have mask nodes. The modules around a masked parameter all count, so a matmul in
+    a parent's forward sees the mask too; one that is written outside of any forward does not.
+    """
 
     def get(self: nn.Module) -> Tensor | None:
         parameter = self._parameters[name]
         mask = find_mask(self, name)
-        if mask is None or parameter is None or is_capturing():
+        if mask is None or parameter is None:
+            return parameter
+        if torch.compiler.is_compiling():
+            return mask(parameter)
+        if is_capturing() or not is_running() or is_sharded(parameter):
             return parameter
         return mask(parameter)
 
@@ -120,22 +154,25 @@ def find_mask(owner: nn.Module, name: str) -> nn.Module | None:
 
 
 def original_class(module: nn.Module) -> Any:
-    """The class the module had before it was prepared."""
-    key = type(module).__dict__.get("_mvpfx_class")
+    """The class the module had before it was prepared.
+
+    Other libraries (FSDP) derive classes from the swapped one, so the key is inherited.
+    """
+    key = getattr(type(module), _CLASS_KEY, None)
     return type(module) if key is None else key[0]
 
 
 def _masked_names(kind: type) -> tuple[str, ...]:
-    return kind.__dict__.get("_mvpfx_class", (None, (), False))[1]
+    return getattr(kind, _CLASS_KEY, (None, (), False))[1]
 
 
 def _is_region_class(kind: type) -> bool:
-    return bool(kind.__dict__.get("_mvpfx_class", (None, (), False))[2])
+    return bool(getattr(kind, _CLASS_KEY, (None, (), False))[2])
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     base, masked, region = cast("Any", type(self))._mvpfx_class
-    return _rebuild, (base, masked, region), dict(self.__dict__)
+    return _rebuild, (base, masked, region), cast("Any", self).__getstate__()
 
 
 def _rebuild(base: type[nn.Module], masked: tuple[str, ...], region: bool) -> nn.Module:

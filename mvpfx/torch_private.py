@@ -29,7 +29,7 @@ from torch.utils._sympy import functions as symbolic
 from torch.utils._sympy.printers import PythonPrinter
 
 REQUIRED: dict[str, tuple[str, ...]] = {
-    "torch._C": ("_set_grad_enabled",),
+    "torch._C": ("_set_grad_enabled", "_current_graph_task_id"),
     "torch._C._nn": ("linear",),
     "torch._dynamo.source": ("ConstantSource",),
     "torch._subclasses.fake_tensor": ("FakeTensor", "FakeTensorMode"),
@@ -168,6 +168,11 @@ def autocast_state(device_types: tuple[str, ...]) -> tuple[Any, ...]:
         enabled = torch.is_autocast_enabled(kind)
         state.append((enabled, torch.get_autocast_dtype(kind) if enabled else None))
     return tuple(state)
+
+
+def in_backward() -> bool:
+    """Whether this thread is in a backward pass of autograd."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class AutocastCacheOff:

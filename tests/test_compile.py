@@ -56,7 +56,9 @@ def prepared(name: str, **fields: Any) -> tuple[nn.Module, Batch]:
         if isinstance(part, nn.Dropout):
             part.p = 0.0
     schedule = mvpfx.LinearSchedule(warmup=0, cooldown=1)
-    return mvpfx.prepare(model, mvpfx.PruningConfig(density=0.3, schedule=schedule, **fields)), batch
+    return mvpfx.prepare(
+        model, mvpfx.PruningConfig(density=0.3, schedule=schedule, **fields)
+    ), batch
 
 
 def train(model: nn.Module, batch: Batch, call: Any) -> list[Tensor]:

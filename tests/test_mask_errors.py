@@ -111,19 +111,6 @@ class Layer(nn.Module):
         return x @ self.mask(self.weight).t()
 
 
-# Dynamo itself reads `.grad` of what a graph break hands over.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-def test_compiled_by_dynamo_masks_follow_the_scores() -> None:
-    layer, x = Layer(), values(3, 4)
-    compiled = torch.compile(layer, backend="eager")
-    for _ in range(2):
-        assert torch.equal(compiled(x), layer(x))
-        with torch.no_grad():
-            layer.mask.require_scores().neg_()
-    compiled(x).sum().backward()
-    assert layer.mask.require_scores().grad is not None
-
-
 def test_exported_masks_are_part_of_the_graph() -> None:
     layer, x = Layer(), values(3, 4)
     exported = torch.export.export(layer.eval(), (x,), strict=False).module()

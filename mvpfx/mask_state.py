@@ -1,0 +1,99 @@
+"""What a mask is made from: scores and weight, wherever they are: whole, sharded, or traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from mvpfx.distributed import is_sharded
+from mvpfx.mask_operator import register_source
+from mvpfx.torch_private import is_fake
+
+
+class MaskState(nn.Module):
+    """Holds scores as its own, knows a weight that belongs to the model.
+
+    Args:
+        weight: the parameter.
+
+    Attributes:
+        scores: float32 `[r, c]` whatever the dtype of the weight; None where not stored.
+        handle: by which compiled graphs find this very mask.
+    """
+
+    scores: Tensor | None
+    _weight: nn.Parameter
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.hold(weight)
+        self.register_buffer("scores", None)
+        self.handle = register_source(self)
+
+    def hold(self, weight: nn.Parameter) -> None:
+        """Know the weight without owning it: not as a parameter of this module."""
+        self.__dict__["_weight"] = weight
+
+    def mask(self) -> Tensor:
+        """Which weights stay now, bool, of the weight's shape."""
+        raise NotImplementedError
+
+    def require_scores(self) -> Tensor:
+        """The scores, where the criterion stores them; a `DTensor` outside of a forward if sharded."""
+        scores = self.stored()
+        assert scores is not None, "the criterion stores no scores"
+        return scores
+
+    def stored(self) -> Tensor | None:
+        """The scores, or None; the ones with values where `torch.export` puts fakes in place."""
+        # Read past nn.Module's __getattr__: every mask of a pool is asked in every forward.
+        scores = self._parameters.get("scores", self._buffers.get("scores"))
+        if scores is not None and is_fake(scores) and torch.compiler.is_exporting():
+            return self.__dict__["_last_stored"]
+        self.__dict__["_last_stored"] = scores
+        if is_sharded(scores):
+            self.__dict__["_shard"] = scores
+        return scores
+
+    def source(self) -> Tensor:
+        """What the units are ranked by, where it changes: this rank's shard, scores or weight."""
+        stored = self.stored()
+        if stored is None:
+            return self._weight
+        return self.__dict__.get("_shard", stored)
+
+    @property
+    def shard(self) -> Tensor | None:
+        """What the units are ranked by as far as it is on this rank; None where all of it is."""
+        source = self.source()
+        return source if is_sharded(source) else None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for any module; also sees the shard of the scores that FSDP puts in their place."""
+        if name == "scores" and is_sharded(value):
+            self.__dict__["_shard"] = value
+        super().__setattr__(name, value)
+        if name == "scores":
+            self.stored()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the scores as the model moves, but keep their float32 values."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what belongs to this very mask."""
+        own = ("handle", "_last_stored", "_shard")
+        return {key: value for key, value in self.__dict__.items() if key not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.handle = register_source(self)
+        self.stored()
