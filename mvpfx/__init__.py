@@ -3,6 +3,7 @@
 `prepare` before fine-tuning, `convert` for deployment, `sparsity_table` to see what happened.
 """
 
+from mvpfx import distributed
 from mvpfx.api import convert, graphs, prepare
 from mvpfx.config import PruningConfig
 from mvpfx.optim import parameter_groups
@@ -20,6 +21,7 @@ __all__ = [
     "Report",
     "SparsityScheduler",
     "convert",
+    "distributed",
     "explain",
     "graphs",
     "parameter_groups",

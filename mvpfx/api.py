@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from mvpfx.comparison import compare_models
 from mvpfx.config import PruningConfig, Rule
+from mvpfx.distributed import check_whole
 from mvpfx.facts import SPARSE
 from mvpfx.mask import Mask
 from mvpfx.passes.capture import Capture
@@ -28,7 +29,15 @@ from mvpfx.program import Program, copy_graph, full_name, parent_name
 from mvpfx.region import Region, make_region, region_modules, region_of
 from mvpfx.report import make_report
 from mvpfx.site import Site
-from mvpfx.state import State, attach_state, detach_state, find_state, state_of
+from mvpfx.state import (
+    State,
+    attach_state,
+    detach_state,
+    find_state,
+    inner_model,
+    state_of,
+    unwrapped,
+)
 from mvpfx.swap import drop_runtimes, original_class, restore, swap_ancestors, swap_class
 from mvpfx.transformers_types import is_pretrained
 from mvpfx.variant import resolve
@@ -103,11 +112,13 @@ def convert(model: nn.Module, *, example_inputs: Any = None, lowering: str = "au
         A new model. `sparsity_table` and `explain` say what was done to it.
 
     Raises:
-        ValueError: the example inputs do not fit, the lowering is unknown, or a weight is read
-            both with its mask and without it under one name.
+        ValueError: the example inputs do not fit, the lowering is unknown, a weight is read both
+            with its mask and without it under one name, weights are sharded over ranks, or a
+            wrapper may compute more than the prepared model in it (DDP is taken off).
         RuntimeError: the outputs differ by more than `TOLERANCE` allows; nothing is returned.
     """
-    choose = ChooseStorage(lowering)
+    choose, model = ChooseStorage(lowering), unwrapped(model)
+    check_whole(model)
     source = copy.deepcopy(model).eval()
     drop_runtimes(source)
     known = {} if example_inputs is not None else _captured(model)
@@ -180,7 +191,7 @@ def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
     Raises:
         ValueError: the model is neither prepared nor converted.
     """
-    state = state_of(model)
+    state, model = state_of(model), inner_model(model)
     found = dict(state.graphs)
     if state.report is None:
         for name in state.regions:

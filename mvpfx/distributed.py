@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 if TYPE_CHECKING:
     from mvpfx.mask import Mask
@@ -34,13 +35,46 @@ def gathered(value: Tensor) -> Tensor:
     return whole.full_tensor() if is_sharded(value) else value
 
 
-def version(value: Any) -> tuple[int, int]:
-    """Where the data of `value` lies and how often it was written to in place.
+def check_whole(model: nn.Module) -> None:
+    """Make sure that no parameter is sharded.
 
-    What FSDP gathers keeps its place and its version over optimizer steps; the shard does not.
+    Raises:
+        ValueError: if one is.
     """
-    local: Tensor = value.to_local() if is_sharded(value) else value
-    return local.data_ptr(), local._version
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise ValueError(
+                f"{name} is sharded over ranks, and a converted model is whole. Gather the state "
+                "with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+                "options=StateDictOptions(full_state_dict=True)), load it into the model prepared "
+                "in the same way but not sharded, and convert that."
+            )
+
+
+def version(value: Any) -> tuple[int, int]:
+    """Where the data of `value` lies, and how often it was written to in place.
+
+    Nobody counts the writes to a `DTensor`: there, steps of any optimizer count instead. That the
+    ranks come to the same answer matters as much, since what follows is a collective call.
+    """
+    if is_sharded(value):
+        return value.to_local().data_ptr(), _optimizer_steps()
+    return value.data_ptr(), value._version
+
+
+def _optimizer_steps() -> int:
+    """Steps that optimizers of this process took since the first question."""
+    if not _steps:
+        _steps.append(0)
+        register_optimizer_step_post_hook(_count_step)
+    return _steps[0]
+
+
+def _count_step(*_: Any) -> None:
+    _steps[0] += 1
+
+
+_steps: list[int] = []
 
 
 def mean(value: Tensor) -> Tensor:

@@ -206,7 +206,8 @@ class Mask(MaskState):
     def forget(self) -> None:
         """Compute the mask anew at the next use.
 
-        Writing to scores or weights does this by itself, unless it is done through `.data`.
+        Writing to scores or weights does this by itself, unless it is done through `.data` or into
+        shards of FSDP by other than an optimizer or `load_state_dict`.
         """
         self._cache = None
         self.ranking.forget()
@@ -243,6 +244,10 @@ class Mask(MaskState):
         super()._apply(fn, recurse)
         self.forget()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the cache, which a copy computes for itself."""

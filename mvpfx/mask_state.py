@@ -42,7 +42,7 @@ class MaskState(nn.Module):
         raise NotImplementedError
 
     def require_scores(self) -> Tensor:
-        """The scores, where the criterion stores them; a `DTensor` outside of a forward if sharded."""
+        """The scores, where they are stored; a `DTensor` outside of a forward if sharded."""
         scores = self.stored()
         assert scores is not None, "the criterion stores no scores"
         return scores

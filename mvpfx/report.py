@@ -15,7 +15,8 @@ from mvpfx.comparison import Comparison
 from mvpfx.pipeline import Decision, Record
 from mvpfx.program import Program
 from mvpfx.region import region_of
-from mvpfx.state import State, state_of
+from mvpfx.scheduler import refresh_weights
+from mvpfx.state import State, inner_model, state_of
 from mvpfx.storage import SparseLinear
 
 _DENSE_GRANULARITY = "-"
@@ -145,7 +146,7 @@ def sparsity_table(model: nn.Module) -> str:
     state = state_of(model)
     if state.report is not None:
         return converted_table(state.report.rows)
-    return _prepared_table(model, state)
+    return _prepared_table(inner_model(model), state)
 
 
 def explain(model: nn.Module) -> str:
@@ -156,7 +157,7 @@ def explain(model: nn.Module) -> str:
     Raises:
         ValueError: the model is neither prepared nor converted.
     """
-    state = state_of(model)
+    state, model = state_of(model), inner_model(model)
     report = state.report
     decisions = report.decisions if report is not None else _decisions(state.records)
     lines = [decisions_text([*decisions, *state.late, *_declined_calls(model, state)])]
@@ -206,6 +207,7 @@ def _prepared_table(model: nn.Module, state: State) -> str:
     headers = ["site", "shape", "granularity", "density", "target now", "target", "kept / total"]
     lines: list[list[Any]] = []
     sums = [0, 0]
+    refresh_weights(model)
     for site in state.sites.values():
         mask: Any = model.get_submodule(f"{site.name}_mask")
         with torch.no_grad():

@@ -111,11 +111,15 @@ class SparsityScheduler:
 
 
 def masks_of(model: nn.Module) -> list[Mask]:
-    """All masks in `model`, each once, in the order of its modules; they know its weights anew."""
-    modules = list(model.modules())
-    for module in modules:
+    """All masks in `model`, each once, in the order of its modules."""
+    refresh_weights(model)
+    return [module for module in model.modules() if isinstance(module, Mask)]
+
+
+def refresh_weights(model: nn.Module) -> None:
+    """Have each mask know the weight that is in the model now: it may have been replaced."""
+    for module in model.modules():
         for name, child in module._modules.items():
             weight = module._parameters.get(name.removesuffix(MASK_SUFFIX))
             if isinstance(child, Mask) and weight is not None:
                 child.hold(weight)
-    return [module for module in modules if isinstance(module, Mask)]

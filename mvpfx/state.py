@@ -76,11 +76,29 @@ def detach_state(model: nn.Module) -> None:
 
 def find_state(model: nn.Module) -> State | None:
     """The state of `model`, or of the first module inside it that has one (a wrapper's content)."""
-    for module in model.modules():
-        state = module.__dict__.get(_KEY)
-        if isinstance(state, State):
-            return state
-    return None
+    return inner_model(model).__dict__.get(_KEY)
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The prepared or converted module inside a wrapper such as DDP; `model` itself if none is."""
+    return next((part for part in model.modules() if _KEY in part.__dict__), model)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """`model` without what wraps it for training: DDP, an average of models, a compiler.
+
+    Raises:
+        ValueError: a wrapper of another kind, which may compute something else.
+    """
+    inner = inner_model(model)
+    wrapped = [model.__dict__.get("_modules", {}).get(name) for name in ("module", "_orig_mod")]
+    if inner is model or inner in wrapped:
+        return inner
+    raise ValueError(
+        f"{type(model).__name__} holds a prepared {type(inner).__name__} and may compute more than "
+        "it. Convert the prepared model itself, after merging what the wrapper adds "
+        "(merge_and_unload of PEFT)."
+    )
 
 
 def state_of(model: nn.Module) -> State:
