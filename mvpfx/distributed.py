@@ -107,7 +107,7 @@ def shard_scores(module: nn.Module, **options: Any) -> nn.Module:
             "scores are ranked in float32, so shard_scores takes no mp_policy; found "
             f"{options['mp_policy']}. Give it to fully_shard(block, ...) alone."
         )
-    masks = [mask for mask in masks_of(module) if mask.scores is not None]
+    masks: list[nn.Module] = [mask for mask in masks_of(module) if mask.scores is not None]
     if not masks:
         raise ValueError(
             f"{type(module).__name__} has no scores to shard. Call mvpfx.prepare(model) first, and "

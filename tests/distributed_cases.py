@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -14,6 +13,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -47,7 +48,7 @@ def stale_masks(mesh: DeviceMesh) -> list[str]:
 
 
 def stale_after(criterion: str, mesh: DeviceMesh) -> list[str]:
-    fields = {"density": 0.3, "schedule": mvpfx.ConstantSchedule(), "scope": "global"}
+    fields: dict[str, Any] = {"schedule": mvpfx.ConstantSchedule(), "scope": "global"}
     model, batch = make("odd", criterion=criterion, **fields)
     twin, _ = make("odd", criterion=criterion, **fields)
     model: Any = fsdp(model, mesh)
@@ -62,7 +63,7 @@ def stale_after(criterion: str, mesh: DeviceMesh) -> list[str]:
 
     check("prepared")
     whole = StateDictOptions(full_state_dict=True)
-    state = get_model_state_dict(model, options=whole)
+    state: dict[str, Any] = get_model_state_dict(model, options=whole)
     changed = {k: -v if k.endswith("scores") else v for k, v in state.items()}
     twin.load_state_dict(changed)
     set_model_state_dict(model, changed, options=whole)
@@ -104,7 +105,8 @@ def graphs_and_table(rank: int, mesh: DeviceMesh) -> dict[str, Any]:
     mvpfx.SparsityScheduler(model, 2)
     loss(model(**rows(batch, rank, rank + 1))).backward()
     regions = {name: region_of(model.get_submodule(name)) for name in state_of(model).regions}
-    declined = {n: r.declined for n, r in regions.items() if r is None or r.declined or not r.calls}
+    assert all(region is not None and region.calls for region in regions.values())
+    declined = {n: r.declined for n, r in regions.items() if r is not None and r.declined}
     return {"declined": declined, "table": mvpfx.sparsity_table(model), "whole table": whole}
 
 
@@ -153,7 +155,7 @@ def save_halfway(rank: int, mesh: DeviceMesh, folder: str) -> dict[str, Any]:
     run = Run(model, "fsdp", mesh).advance([batch], HALF)
     parameters, moments = get_state_dict(run.model, run.optimizer)
     state = {"model": parameters, "optimizer": moments, "scheduler": run.scheduler.state_dict()}
-    dcp.save(state, checkpoint_id=folder)
+    save(state, checkpoint_id=folder)
     saved = fingerprint(run.model)
     run.advance([batch], STEPS - HALF)
     return {"print when saved": saved, "prints": run.prints[HALF:]}
@@ -164,8 +166,12 @@ def resume_halfway(rank: int, mesh: DeviceMesh, folder: str) -> dict[str, Any]:
     model, batch = make("odd", scope="global", dtype=torch.float64)
     run = Run(model, "fsdp", mesh)
     parameters, moments = get_state_dict(run.model, run.optimizer)
-    state = {"model": parameters, "optimizer": moments, "scheduler": run.scheduler.state_dict()}
-    dcp.load(state, checkpoint_id=folder)
+    state: dict[str, Any] = {
+        "model": parameters,
+        "optimizer": moments,
+        "scheduler": run.scheduler.state_dict(),
+    }
+    load(state, checkpoint_id=folder)
     set_state_dict(
         run.model,
         run.optimizer,

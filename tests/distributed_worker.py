@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.multiprocessing.spawn import spawn as start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 import mvpfx
@@ -49,7 +49,8 @@ def make(
             part.p = 0.0
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     schedule = mvpfx.LinearSchedule(warmup=0, cooldown=1)
-    config = mvpfx.PruningConfig(**{"density": 0.3, "schedule": schedule, **fields})
+    settings: dict[str, Any] = {"density": 0.3, "schedule": schedule, **fields}
+    config = mvpfx.PruningConfig(**settings)
     return mvpfx.prepare(model.to(dtype), config), inputs
 
 
@@ -69,14 +70,16 @@ def fsdp(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
             mvpfx.distributed.shard_scores(block, mesh=mesh)
     for block in blocks(model):
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def fsdp_kept(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Parameters stay gathered between forward and backward."""
     for block in blocks(model):
         fully_shard(block, mesh=mesh, reshard_after_forward=False)
-    return fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    return model
 
 
 def fsdp_bf16(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -85,7 +88,8 @@ def fsdp_bf16(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     for block in blocks(model):
         mvpfx.distributed.shard_scores(block, mesh=mesh)
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -145,7 +149,7 @@ def rows(batch: Batch, start: int, stop: int) -> Batch:
 def launch(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `work(rank, mesh, *arguments)` returns in each of `world` processes."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_process, (world, folder, work, arguments), nprocs=world)
+        start_processes(_process, (world, folder, work, arguments), nprocs=world)
         return [
             torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)
         ]

@@ -37,7 +37,9 @@ def single(model: dict[str, Any], parts: int) -> Run:
 @pytest.fixture(scope="module")
 def ranks() -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Results of both ranks by engine and model."""
-    cases = [{"model": model, "engine": engine} for engine in ENGINES for model in MODELS]
+    cases: list[dict[str, Any]] = [
+        {"model": model, "engine": engine} for engine in ENGINES for model in MODELS
+    ]
     results = launch(2, train_cases, cases)
     return {
         (case["engine"], str(case["model"])): [result[i] for result in results]
@@ -61,9 +63,11 @@ def test_ranks_agree_with_one_another_and_with_one_process(
 
 
 def test_ranks_keep_what_one_process_keeps_on_the_whole_batch() -> None:
-    models = [{"name": "bert", "scope": "global"}, {"name": "llama"}]
+    models: list[dict[str, Any]] = [{"name": "bert", "scope": "global"}, {"name": "llama"}]
     models = [model | {"dtype": torch.float64} for model in models]
-    cases = [{"model": model, "engine": engine} for model in models for engine in ("ddp", "fsdp")]
+    cases: list[dict[str, Any]] = [
+        {"model": model, "engine": engine} for model in models for engine in ("ddp", "fsdp")
+    ]
     for case, result in zip(cases, launch(2, train_cases, cases)[0], strict=True):
         assert result["prints"] == single(case["model"], parts=1).prints, case
 
