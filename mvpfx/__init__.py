@@ -5,10 +5,12 @@
 
 from mvpfx import distributed
 from mvpfx.api import convert, graphs, prepare
+from mvpfx.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from mvpfx.config import PruningConfig
 from mvpfx.optim import parameter_groups
 from mvpfx.penalty import penalty
 from mvpfx.report import Report, explain, sparsity_table
+from mvpfx.saved_config import pruning_config
 from mvpfx.schedule import ConstantSchedule, CubicSchedule, LinearSchedule
 from mvpfx.scheduler import SparsityScheduler
 from mvpfx.state import report_of
@@ -24,10 +26,14 @@ __all__ = [
     "distributed",
     "explain",
     "graphs",
+    "latest_checkpoint",
+    "load_checkpoint",
     "parameter_groups",
     "penalty",
     "prepare",
+    "pruning_config",
     "report_of",
+    "save_checkpoint",
     "sparsity_table",
 ]
 __version__ = "0.1.0"
