@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from mvpfx.interception import Running, is_capturing
-from mvpfx.leaves import is_leaf_type
 from mvpfx.mask import Mask
 from mvpfx.recorder import Recorder
 from mvpfx.recording import CONSTANTS, CaptureError, Recording
@@ -240,8 +240,8 @@ def _signature(module: nn.Module, flat: list[Any], spec: Any) -> tuple[Any, ...]
     )
 
 
-_PLAIN = frozenset((bool, int, float, str, type(None)))
-
+_CODE = (FunctionType, BuiltinFunctionType)
+_PLAIN = frozenset((bool, int, float, complex, str, type(None), torch.dtype, torch.device, *_CODE))
 
 _WRITTEN = frozenset(("problem_type",))
 """Config entries that task heads write at their first call, and blocks do not read."""
@@ -249,7 +249,8 @@ _WRITTEN = frozenset(("problem_type",))
 
 def _configuration(module: nn.Module) -> tuple[Any, ...]:
     """All that a forward may branch on besides its arguments: the modules there are, their plain
-    attributes, and those of their configs. Leaves and masks are called live, so theirs are not.
+    attributes, and those of their configs. Leaves count too, although they are called live: BERT
+    hands the rate of a dropout layer to its attention function.
     """
     values: list[Any] = []
     configs: list[Any] = []
@@ -258,7 +259,12 @@ def _configuration(module: nn.Module) -> tuple[Any, ...]:
         part = stack.pop()
         attributes = part.__dict__
         values.append(type(part))
-        values.extend(v for v in attributes.values() if type(v) in _PLAIN)
+        for value in attributes.values():
+            kind = type(value)
+            if kind in _PLAIN:
+                values.append(value)
+            elif kind is tuple or kind is list:
+                values.append(tuple(v for v in value if type(v) in _PLAIN))
         config = attributes.get("config")
         if config is not None and not any(config is seen for seen in configs):
             configs.append(config)
@@ -267,8 +273,7 @@ def _configuration(module: nn.Module) -> tuple[Any, ...]:
             if child is None or isinstance(child, Mask):
                 continue
             values.append(len(child._forward_hooks) + len(child._forward_pre_hooks))
-            if not is_leaf_type(type(child)):
-                stack.append(child)
+            stack.append(child)
     for config in configs:
         fields = getattr(config, "__dict__", {})
         values.extend(v for k, v in fields.items() if type(v) in _PLAIN and k not in _WRITTEN)
