@@ -80,7 +80,7 @@ def read_manifest(folder: Path) -> Manifest:
         body = json.loads(path.read_bytes())
         digest = body.pop("digest", None)
         kind, version = body.pop("format", None), body.pop("version", None)
-    except (ValueError, AttributeError):
+    except (ValueError, TypeError, AttributeError):
         raise ValueError(f"{path} is cut short or corrupted: it is no JSON. {ADVICE}") from None
     if kind != FORMAT:
         raise ValueError(
