@@ -61,7 +61,8 @@ class Criterion(ABC):
         """First `scores` of a mask, float32 `[r, c]`; None where nothing is stored."""
         if self.stored == "nothing":
             return None
-        return initial_scores(mask.unit_weights(), mask.rule.score_init)
+        parts = mask.unit_weights().chunk(mask.site.parts)
+        return torch.cat([initial_scores(part, mask.rule.score_init) for part in parts])
 
     def targets(self, rule: Rule, progress: Progress) -> Targets:
         """What the schedule asks for now: by default the density, from 1 to the rule's."""
@@ -80,7 +81,8 @@ class Criterion(ABC):
     def apply(self, mask: Mask, weight: Tensor) -> Tensor:
         """The weight the matmul sees, of the same shape and dtype: by default `W * M`."""
         scores = mask.scores if self.stored == "parameter" else None
-        return apply_mask(weight, scores, mask.factor(weight), mask.granularity, mask.site.out_dim)
+        site, factor = mask.site, mask.factor(weight)
+        return apply_mask(weight, scores, factor, mask.granularity, site.out_dim, site.parts)
 
     def penalty(self, mask: Mask) -> Tensor:
         """Differentiable scalar that the penalty multiplies by `lambda`; for `penalised` ones."""

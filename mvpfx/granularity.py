@@ -1,11 +1,13 @@
 """Granularity: the shape of the unit that one score governs.
 
 Everything here works on the matrix view of a weight, `[outputs, inputs]`, whatever the layout of
-the parameter: a convolution's kernel is flattened, a weight stored `[in, out]` is transposed.
+the parameter: a convolution's kernel is flattened, a weight stored `[in, out]` is transposed, the
+matrices of stacked experts come one below the other.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,7 +54,7 @@ class Granularity:
     def block(self, site: Site) -> tuple[int, int]:
         """Size of one unit of `site`, as (outputs, inputs)."""
         height, width = matrix_shape(site)
-        return self.rows or height, self.cols or width
+        return self.rows or height // site.parts, self.cols or width
 
     def units_shape(self, site: Site) -> tuple[int, int]:
         """Number of units of `site` along (outputs, inputs)."""
@@ -66,6 +68,7 @@ class Granularity:
             ValueError: if they do not; the message says what to do.
         """
         (height, width), (rows, cols) = matrix_shape(site), self.block(site)
+        height //= site.parts
         sizes = [("height", height, rows), ("width", width, cols)]
         bad = [(word, size, part) for word, size, part in sizes if size % part or not size]
         if not bad:
@@ -81,14 +84,14 @@ class Granularity:
             f'overrides={{"{site.module_name or site.name}": None}}'
         )
 
-    def reduce(self, matrix: Tensor) -> Tensor:
-        """Sum over each unit: `[outputs, inputs]` -> `[r, c]`.
+    def reduce(self, matrix: Tensor, parts: int = 1) -> Tensor:
+        """Sum over each unit: `[outputs, inputs]` -> `[r, c]`, of as many `parts` as the site has.
 
         Not a copy where a unit is one element.
         """
         if self.is_element:
             return matrix
-        rows, cols = self.rows or matrix.shape[0], self.cols or matrix.shape[1]
+        rows, cols = self.rows or matrix.shape[0] // parts, self.cols or matrix.shape[1]
         blocks = matrix.unflatten(0, (-1, rows)).unflatten(2, (-1, cols))
         return blocks.sum((1, 3))
 
@@ -134,24 +137,30 @@ def parse(value: object) -> Granularity:
 
 
 def matrix_shape(site: Site) -> tuple[int, int]:
-    """(outputs, inputs) of the weight of `site`; inputs are all dimensions but the outputs'."""
-    outputs = site.shape[site.out_dim]
-    inputs = 1
-    for dim, size in enumerate(site.shape):
-        inputs *= 1 if dim == site.out_dim else size
-    return outputs, inputs
+    """(outputs, inputs) of the weight of `site`; inputs are all dimensions but the outputs', and
+    stacked matrices lie one below the other.
+    """
+    outputs = site.shape[site.out_dim] * site.parts
+    return outputs, math.prod(site.shape) // outputs if outputs else 0
 
 
-def to_matrix(weight: Tensor, out_dim: int) -> Tensor:
-    """View a weight of any rank as `[outputs, inputs]`; copies only above rank 2."""
+def to_matrix(weight: Tensor, out_dim: int, parts: int = 1) -> Tensor:
+    """View a weight of any rank as `[outputs, inputs]`; copies only above rank 2.
+
+    Where the first dimension stacks `parts` matrices, they come one below the other.
+    """
+    if parts > 1:
+        return weight.movedim(out_dim, 1).reshape(parts * weight.shape[out_dim], -1)
     if weight.dim() == 2:
         return weight if out_dim == 0 else weight.t()
     return weight.movedim(out_dim, 0).reshape(weight.shape[out_dim], -1)
 
 
-def from_matrix(matrix: Tensor, shape: Sequence[int], out_dim: int) -> Tensor:
+def from_matrix(matrix: Tensor, shape: Sequence[int], out_dim: int, parts: int = 1) -> Tensor:
     """The way back of `to_matrix`: `[outputs, inputs]` -> `shape`, as a view where possible."""
     if len(shape) == 2:
         return matrix if out_dim == 0 else matrix.t()
     rest = [size for dim, size in enumerate(shape) if dim != out_dim]
+    if parts > 1:
+        return matrix.reshape(torch.Size([parts, shape[out_dim], *rest[1:]])).movedim(1, out_dim)
     return matrix.reshape(torch.Size([matrix.shape[0], *rest])).movedim(0, out_dim)

@@ -177,15 +177,18 @@ class Mask(MaskState):
         where it is float32, or the mean of `abs(W)` over a larger unit.
         """
         if self.granularity.is_element:
-            return to_matrix(gathered(self._weight.detach()), self.site.out_dim).float()
+            return self._matrix().float()
         return self.magnitude()
 
     def magnitude(self) -> Tensor:
         """Mean `abs(W)` of each unit, float32 `[r, c]`, detached."""
-        weight = to_matrix(gathered(self._weight.detach()), self.site.out_dim)
         rows, cols = self.granularity.block(self.site)
-        total = self.granularity.reduce(weight.float().abs()).contiguous()
+        total = self.granularity.reduce(self._matrix().float().abs(), self.site.parts).contiguous()
         return total if rows * cols == 1 else total.div_(rows * cols)
+
+    def _matrix(self) -> Tensor:
+        """The weight as `[outputs, inputs]`, detached."""
+        return to_matrix(gathered(self._weight.detach()), self.site.out_dim, self.site.parts)
 
     def check_finite(self, values: Tensor) -> None:
         """Make sure that scores or weights are no NaN.
@@ -227,7 +230,8 @@ class Mask(MaskState):
                     self.check_finite(stored.detach())
                 kept = self.criterion.kept(self)
                 matrix = self.granularity.expand(kept, *matrix_shape(self.site))
-                mask = from_matrix(matrix, self.site.shape, self.site.out_dim).contiguous()
+                site = self.site
+                mask = from_matrix(matrix, site.shape, site.out_dim, site.parts).contiguous()
             if self.shard is not None:
                 return kept, mask  # a rank that kept all masks would hold a byte for each weight
             self._cache = (key, kept, mask)

@@ -52,6 +52,7 @@ class Matmul:
         input: the activations; None where the call has more than one (attention).
         bias: the get_attr node of the bias, None where there is none.
         out_dim: the dimension of the stored weight that runs along output features.
+        parts: number of matrices the stored weight stacks along its first dimension.
         kind: "linear", "addmm", "matmul", "einsum", "convolution", "attention", "grouped".
     """
 
@@ -64,6 +65,7 @@ class Matmul:
     bias: fx.Node | None = None
     mask: fx.Node | None = None
     chain: list[fx.Node] = field(default_factory=list[fx.Node])
+    parts: int = 1
 
 
 _LINEAR = Signature(
@@ -113,6 +115,8 @@ _SIGNATURES: dict[Any, Signature] = {
 }
 _ATTENTION_WEIGHTS = {5: "in_proj_weight", 11: "out_proj_weight"}
 _ATTENTION_KEYWORDS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+_CHOOSING = (operator.getitem, "__getitem__", "index_select", torch.index_select)
+_SAME = ("to", "contiguous", "float", "half", "bfloat16", "type", "type_as")
 _SWAPS = ("t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute")
 
 
@@ -143,12 +147,18 @@ def _uses(node: fx.Node, shape_of: ParameterShape) -> Iterator[Matmul]:
             continue
         weight, mask, chain = found
         bias = operands.get(signature.bias) if signature.bias is not None else None
+        stored_dim, parts = _stored_dim(out_dim, weight, chain, shape_of), 1
+        shape = shape_of(str(weight.target)) or ()
+        if len(shape) == 3 and signature.kind != "convolution" and all(map(_keeps_parts, chain)):
+            outputs_last = out_dim ^ (sum(swaps(link) for link in chain) % 2)
+            stored_dim, parts = 1 + outputs_last, shape[0]
         yield Matmul(
             node=node,
             weight=weight,
             operand=operands[place],
             kind=signature.kind,
-            out_dim=_stored_dim(out_dim, weight, chain, shape_of),
+            out_dim=stored_dim,
+            parts=parts,
             input=operands.get(other),
             bias=bias if bias is not None and bias.op == "get_attr" else None,
             mask=mask,
@@ -208,17 +218,23 @@ def _einsum_uses(node: fx.Node, shape_of: ParameterShape) -> Iterator[Matmul]:
 def _weight(
     operand: Any, shape_of: ParameterShape
 ) -> tuple[fx.Node, fx.Node | None, list[fx.Node]] | None:
-    """(parameter, mask node, chain) where `operand` is a function of one weight alone."""
+    """(parameter, mask node, chain) where `operand` is a function of one weight alone, or some of
+    the matrices it stacks, chosen by an index.
+    """
     chain: list[fx.Node] = []
-    node, mask = operand, None
+    node, mask, chosen = operand, None, False
     while isinstance(node, fx.Node):
         if node.op == "get_attr":
-            shape = shape_of(str(node.target))
-            return (node, mask, chain[::-1]) if shape is not None and len(shape) >= 2 else None
+            rank = len(shape_of(str(node.target)) or ())
+            fits = rank == 3 if chosen else rank >= 2
+            return (node, mask, chain[::-1]) if fits else None
         if node.op == "call_module" and str(node.target).endswith("_mask"):
             mask = node
         elif node.op in ("call_function", "call_method") and len(node.all_input_nodes) == 1:
             chain.append(node)
+        elif node.target in _CHOOSING and isinstance(node.args[0], fx.Node):
+            chain.append(node)
+            chosen = True
         else:
             return None
         node = node.all_input_nodes[0]
@@ -233,6 +249,11 @@ def _stored_dim(dim: int, weight: fx.Node, chain: list[fx.Node], shape_of: Param
         return dim if not chain and dim < len(shape) and len(shape) > 3 else 0
     turns = sum(swaps(node) for node in chain)
     return dim if turns % 2 == 0 else 1 - dim
+
+
+def _keeps_parts(node: fx.Node) -> bool:
+    """Whether a node leaves the matrices of a stack what they are, or chooses among them."""
+    return swaps(node) or node.target in (*_CHOOSING, "select", "unbind", *_SAME)
 
 
 def swaps(node: fx.Node) -> bool:

@@ -20,6 +20,7 @@ class Ranking:
 
     Exactly `round(density * units)` units stay, a unit of any size counting as one. Among units of
     equal importance those of earlier sites stay first, and within a site those of lower flat index.
+    In local scope each part of a stacked site (each expert) is ranked by itself.
 
     Attributes:
         masks: the members, in order of their sites.
@@ -53,10 +54,23 @@ class Ranking:
         if any(member.shard is not None for member in self.masks):
             if key != self._key or not self._counts:
                 self._counts, self._key = self._kept_counts(), key
-            return top_v([gathered(mask.criterion.importance(mask))], self._counts[place])[0]
+            importance = gathered(mask.criterion.importance(mask))
+            if self._by_parts():
+                return self._top_of_parts(importance)
+            return top_v([importance], self._counts[place])[0]
         if key != self._key or not self._kept:
             self._kept, self._key = self._select(), key
         return self._kept[place]
+
+    def _by_parts(self) -> bool:
+        """Whether the only member stacks several matrices that are ranked one by one."""
+        first = self.masks[0]
+        return len(self.masks) == 1 and first.site.parts > 1 and first.rule.scope == "local"
+
+    def _top_of_parts(self, importance: Tensor) -> Tensor:
+        density = self._density()
+        parts = importance.chunk(self.masks[0].site.parts)
+        return torch.cat([top_v([part], round(density * part.numel()))[0] for part in parts])
 
     def _kept_counts(self) -> list[int]:
         """How many units each member keeps, where they are sharded over ranks."""
@@ -88,6 +102,8 @@ class Ranking:
         importances = [mask.criterion.importance(mask) for mask in self.masks]
         for mask, importance in zip(self.masks, importances, strict=True):
             mask.check_finite(importance)
+        if self._by_parts():
+            return [self._top_of_parts(importances[0])]
         units = sum(importance.numel() for importance in importances)
         return top_v(importances, round(density * units))
 

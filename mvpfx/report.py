@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from mvpfx.pipeline import Decision, Record
 from mvpfx.program import Program
 from mvpfx.region import region_of
 from mvpfx.scheduler import refresh_weights
+from mvpfx.site import Site
 from mvpfx.state import State, inner_model, state_of
 from mvpfx.storage import SparseLinear
 
@@ -100,7 +100,9 @@ def make_report(
 
 
 def make_rows(program: Program) -> list[Row]:
-    """Return one row a site of a program that went through the passes of convert."""
+    """Return one row a site of a program that went through the passes of convert; one an expert
+    where a site stacks them.
+    """
     rows: list[Row] = []
     for site in program.sites.values():
         before = _raw(program.model, site.name)
@@ -115,22 +117,23 @@ def make_rows(program: Program) -> list[Row]:
         rule = program.rules.get(site.name)
         timing = program.timings.get(site.name)
         storage = program.storages.get(site.name, "dense")
-        rows.append(
-            Row(
-                site.name,
-                site.shape,
-                shape_after,
-                str(rule.granularity) if rule is not None else _DENSE_GRANULARITY,
-                int(torch.count_nonzero(values.detach())),
-                before.numel(),
-                storage,
-                _bytes(before),
-                after_bytes,
-                timing.tokens if timing else None,
-                timing.before_ms if timing else None,
-                timing.after_ms(storage) if timing else None,
+        for name, part in site_parts(site, values.detach()):
+            rows.append(
+                Row(
+                    name,
+                    site.shape[1:] if site.parts > 1 else site.shape,
+                    shape_after[1:] if site.parts > 1 else shape_after,
+                    str(rule.granularity) if rule is not None else _DENSE_GRANULARITY,
+                    int(torch.count_nonzero(part)),
+                    before.numel() // site.parts,
+                    storage,
+                    _bytes(before) // site.parts,
+                    after_bytes // site.parts,
+                    timing.tokens if timing else None,
+                    timing.before_ms if timing else None,
+                    timing.after_ms(storage) if timing else None,
+                )
             )
-        )
     return rows
 
 
@@ -210,13 +213,11 @@ def _prepared_table(model: nn.Module, state: State) -> str:
     refresh_weights(model)
     for site in state.sites.values():
         mask: Any = model.get_submodule(f"{site.name}_mask")
-        with torch.no_grad():
-            kept = int(torch.count_nonzero(mask.mask()))
-        total = math.prod(site.shape)
-        sums = [sums[0] + kept, sums[1] + total]
-        counts = f"{kept:,} / {total:,}"
-        line = [site.name, _shape(site.shape), str(mask.rule.granularity), _ratio(kept, total)]
-        lines.append([*line, *_targets(mask), counts])
+        for name, part in site_parts(site, mask.mask()):
+            kept, total = int(torch.count_nonzero(part)), part.numel()
+            sums = [sums[0] + kept, sums[1] + total]
+            line = [name, _shape(part.shape), str(mask.rule.granularity), _ratio(kept, total)]
+            lines.append([*line, *_targets(mask), f"{kept:,} / {total:,}"])
     totals = ["total", "", "", _ratio(*sums), "", "", f"{sums[0]:,} / {sums[1]:,}"]
     return _tabulate([*lines, totals], headers)
 
@@ -250,6 +251,13 @@ def _declined_calls(model: nn.Module, state: State) -> Iterator[Decision]:
 
 def _decisions(records: Iterable[Record]) -> list[Decision]:
     return [decision for record in records for decision in record.decisions]
+
+
+def site_parts(site: Site, values: Tensor) -> list[tuple[str, Tensor]]:
+    """The matrices of a site with their names: itself, or each expert that it stacks."""
+    if site.parts == 1:
+        return [(site.name, values)]
+    return [(f"{site.name}[{index}]", part) for index, part in enumerate(values)]
 
 
 def _raw(model: nn.Module, name: str) -> Tensor:

@@ -15,12 +15,15 @@ class Site:
         out_dim: which dimension of the parameter holds the matmul's output features: 0 for
             `nn.Linear` and convolutions, 1 for weights stored `[in, out]` (`x @ w`).
         aliases: further names of the same parameter, where it is tied.
+        parts: number of matrices that the parameter stacks along its first dimension: the experts
+            of a mixture. No unit crosses a part, and local scope ranks within each.
     """
 
     name: str
     shape: tuple[int, ...]
     out_dim: int = 0
     aliases: tuple[str, ...] = ()
+    parts: int = 1
 
     @property
     def module_name(self) -> str:

@@ -26,22 +26,23 @@ class _StraightThrough(torch.autograd.Function):
         mask: Tensor | None,
         granularity: Granularity,
         out_dim: int,
+        parts: int,
     ) -> Tensor:
-        ctx.granularity, ctx.out_dim = granularity, out_dim
+        ctx.granularity, ctx.out_dim, ctx.parts = granularity, out_dim, parts
         ctx.save_for_backward(weight if ctx.needs_input_grad[1] else None, mask)
         return weight.view_as(weight) if mask is None else weight * mask
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         weight, mask = ctx.saved_tensors
         weight_grad = score_grad = None
         if ctx.needs_input_grad[0]:
             weight_grad = grad if mask is None else grad * mask
         if ctx.needs_input_grad[1]:
-            movement = to_matrix(grad.float() * weight.float(), ctx.out_dim)
-            score_grad = ctx.granularity.reduce(movement)
-        return weight_grad, score_grad, None, None, None
+            movement = to_matrix(grad.float() * weight.float(), ctx.out_dim, ctx.parts)
+            score_grad = ctx.granularity.reduce(movement, ctx.parts)
+        return weight_grad, score_grad, None, None, None, None
 
 
 def apply_mask(
@@ -50,6 +51,7 @@ def apply_mask(
     mask: Tensor | None,
     granularity: Granularity,
     out_dim: int,
+    parts: int = 1,
 ) -> Tensor:
     """The masked weight, in shape and dtype of `weight`.
 
@@ -59,7 +61,8 @@ def apply_mask(
         mask: bool, of the weight's shape; True = kept. None keeps all of it.
         granularity: of the scores.
         out_dim: which dimension of the weight holds the output features.
+        parts: number of matrices that the weight stacks.
     """
     if scores is None or not torch.is_grad_enabled():
         return weight if mask is None else weight * mask
-    return _StraightThrough.apply(weight, scores, mask, granularity, out_dim)  # pyright: ignore[reportReturnType]
+    return _StraightThrough.apply(weight, scores, mask, granularity, out_dim, parts)  # pyright: ignore[reportReturnType]

@@ -29,6 +29,45 @@ def is_cache(value: object) -> bool:
     return kind is not None and isinstance(value, kind)
 
 
+def layer_type(cache: Any, layer: int) -> type | None:
+    """The class of one layer of a cache, which may be made at its first update; None if unknown."""
+    if layer < len(cache.layers):
+        return type(cache.layers[layer])
+    return getattr(cache, "layer_class_to_replicate", None)
+
+
+def grows(kind: type | None) -> bool:
+    """Whether an update of such a layer returns what it held, then what is new."""
+    names = ("DynamicLayer", "DynamicSlidingWindowLayer")
+    known = [_loaded("transformers.cache_utils", name) for name in names]
+    return kind is not None and kind in known
+
+
+def held_length(cache: Any, layer: int) -> int:
+    """How many tokens a layer that grows holds; -1 where it keeps more than it returns."""
+    if layer >= len(cache.layers):
+        return 0
+    held = cache.layers[layer]
+    if getattr(held, "record_past", False):
+        return -1
+    return int(held.keys.shape[-2]) if held.is_initialized and held.keys.numel() else 0
+
+
+def collected_outputs() -> tuple[str, ...]:
+    """What transformers' own hooks collect at the moment, such as "attentions"."""
+    active = _loaded("transformers.utils.output_capturing", "_active_collector")
+    collected = active.get() if active is not None else None
+    return tuple(collected) if collected else ()
+
+
+def is_idle_hook(hook: Any) -> bool:
+    """Whether a forward hook is one of transformers' own that collects nothing at the moment."""
+    if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
+        return False
+    cells = dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=False))
+    return "key" in cells and cells["key"].cell_contents not in collected_outputs()
+
+
 def is_checkpointed_block(module: nn.Module) -> bool:
     """Whether `module` is a repeated block of a transformers model."""
     kind = _loaded("transformers.modeling_layers", "GradientCheckpointingLayer")
@@ -39,6 +78,23 @@ def is_conv1d(module: nn.Module) -> bool:
     """Whether `module` is a transformers `Conv1D`: a linear layer whose weight is `[in, out]`."""
     kind = _loaded("transformers.pytorch_utils", "Conv1D")
     return kind is not None and isinstance(module, kind)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether `module` holds the experts of a mixture as stacked weights `[experts, .., ..]`."""
+    count = getattr(module, "num_experts", None)
+    if not isinstance(count, int) or not type(module).__module__.startswith("transformers."):
+        return False
+    weights = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
+    return bool(weights) and all(weight.shape[0] == count for weight in weights)
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether `module` scores the experts of a mixture: a matrix with a row for each of them."""
+    count = getattr(module, "num_experts", None)
+    weight = module._parameters.get("weight")
+    own = type(module).__module__.startswith("transformers.")
+    return own and weight is not None and weight.dim() == 2 and weight.shape[0] == count
 
 
 def base_model_name(model: nn.Module) -> str:

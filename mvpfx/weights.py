@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from mvpfx.site import Site
-from mvpfx.transformers_types import is_conv1d
+from mvpfx.transformers_types import is_conv1d, is_experts
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -30,7 +30,8 @@ def layer_sites(model: nn.Module) -> Iterator[Site]:
             seen.add(id(weight))
             full = f"{module_name}.{name}" if module_name else name
             aliases = tuple(other for other in names[full] if other != full)
-            yield Site(full, tuple(weight.shape), out_dim, aliases)
+            parts = weight.shape[0] if is_experts(module) else 1
+            yield Site(full, tuple(weight.shape), out_dim, aliases, parts)
 
 
 def weight_owners(model: nn.Module) -> Iterator[str]:
@@ -58,6 +59,10 @@ def _layer_weights(module: nn.Module) -> Iterator[tuple[str, int]]:
         yield "weight", 0
     elif isinstance(module, _TRANSPOSED) or is_conv1d(module):
         yield "weight", 1
+    elif is_experts(module):
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.dim() == 3:
+                yield name, 2 if getattr(module, "is_transposed", False) else 1
     elif isinstance(module, nn.MultiheadAttention):
         for name in _ATTENTION:
             if module._parameters.get(name) is not None:

@@ -17,7 +17,7 @@ from mvpfx.program import Program, full_name
 from mvpfx.region import block_names
 from mvpfx.site import Site
 from mvpfx.swap import original_class
-from mvpfx.transformers_types import base_model_name, is_pretrained
+from mvpfx.transformers_types import base_model_name, is_pretrained, is_router
 from mvpfx.weights import layer_sites, parameter_names, weight_owners
 
 
@@ -77,12 +77,7 @@ class FindSites(Pass):
             if name in program.rules:
                 yield Decision(name, "site", True, _rule_text(program, name))
             else:
-                reason = (
-                    "an override leaves it alone"
-                    if name in defaults
-                    else "outside the repeated blocks of the base model"
-                )
-                yield Decision(name, "site", False, reason)
+                yield Decision(name, "site", False, _reason(program, candidates[name], defaults))
 
 
 @fact("sites")
@@ -103,7 +98,7 @@ def graph_sites(program: Program, region: str, graph: fx.Graph) -> Iterator[Site
         aliases = tuple(alias for alias in known[name] if alias != name)
         shape = shape_of(str(use.weight.target))
         assert shape is not None
-        yield Site(name, shape, use.out_dim, aliases)
+        yield Site(name, shape, use.out_dim, aliases, use.parts)
 
 
 def _tied_to(candidates: dict[str, Site], site: Site) -> Site | None:
@@ -112,13 +107,29 @@ def _tied_to(candidates: dict[str, Site], site: Site) -> Site | None:
 
 
 def _defaults(program: Program, candidates: dict[str, Site]) -> list[str]:
-    """In a transformers model the sites inside the base model's blocks; else all of them."""
+    """In a transformers model the sites inside the base model's blocks, without the routers of
+    mixtures of experts; else all of them.
+    """
     if not is_pretrained(program.model):
         return list(candidates)
     base = base_model_name(program.model)
     blocks = [b for b in block_names(program.model) if not base or b.startswith(f"{base}.")]
-    inside = [n for n in candidates if any(n.startswith(f"{block}.") for block in blocks)]
+    inside = [
+        name
+        for name, site in candidates.items()
+        if any(name.startswith(f"{block}.") for block in blocks)
+        and not is_router(program.model.get_submodule(site.module_name))
+    ]
     return inside or list(candidates)
+
+
+def _reason(program: Program, site: Site, defaults: list[str]) -> str:
+    """Why a candidate is no site."""
+    if site.name in defaults:
+        return "an override leaves it alone"
+    if is_router(program.model.get_submodule(site.module_name)):
+        return "it routes to experts"
+    return "outside the repeated blocks of the base model"
 
 
 def _rule_text(program: Program, name: str) -> str:

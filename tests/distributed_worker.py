@@ -163,6 +163,7 @@ def _process(rank: int, world: int, folder: str, work: Any, arguments: tuple[Any
     try:
         result = work(rank, init_device_mesh("cpu", (world,)), *arguments)
         torch.save(result, Path(folder) / f"{rank}.pt")
+        dist.barrier()  # a rank that leaves early takes the connections of the others with it
     finally:
         dist.destroy_process_group()
 

@@ -24,7 +24,7 @@ def test_functional_matmuls_of_every_form() -> None:
         "down": 0,
         "mix": 1,
         "flipped": 0,
-        "bank": 0,
+        "bank": 2,
         "layers.0": 1,
         "layers.1": 1,
     }

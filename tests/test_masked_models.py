@@ -21,7 +21,7 @@ from tests.models import ZOO, Batch, Tied, build, loss, output
 RELATIVE = 1e-6
 GRANULARITIES: list[Any] = ["element", (4, 8)]
 BLOCKS: dict[str, Any] = {
-    "functional_mlp": ((4, 8), {"bank": None}),
+    "functional_mlp": ((4, 8), {}),
     "tied": ((1, 8), {}),
     "conv_net": ((4, 9), {"7": None}),
 }
@@ -112,7 +112,8 @@ def check_step(prepared: nn.Module, reference: nn.Module, raw: nn.Module, batch:
         gradient = wanted_gradients[name]
         assert gradient is not None and mask.scores is not None
         product = (gradient * raw_weights[name]).detach()
-        scores = mask.granularity.reduce(to_matrix(product, mask.site.out_dim))
+        matrix = to_matrix(product, mask.site.out_dim, mask.site.parts)
+        scores = mask.granularity.reduce(matrix, mask.site.parts)
         assert_close(mask.scores.grad, scores, f"scores of {name}")
     for name, parameter in prepared.named_parameters():
         if name.endswith("scores"):

@@ -104,7 +104,9 @@ def assert_same_gradients(prepared: Any, raw: Any) -> None:
         if name in masks:
             mask = masks[name]
             weight = parameters[name].detach()
-            movement = None if wanted is None else to_matrix(wanted * weight, mask.site.out_dim)
+            site, movement = mask.site, None
+            if wanted is not None:
+                movement = to_matrix(wanted * weight, site.out_dim, site.parts)
             assert_equal(mask.require_scores().grad, movement, f"scores of {name}")
             wanted = None if wanted is None else wanted * mask.mask()
         assert_equal(parameters[name].grad, wanted, name)
