@@ -7,6 +7,7 @@ import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy
 import torch
 from torch import nn
 from torch.utils import checkpoint
@@ -76,16 +77,16 @@ class Interception:
         call_module = nn.Module.__call__
 
         def module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            name = recorder.module_names.get(id(module))
+            name = recorder.writer.module_names.get(id(module))
             if not mine() or name is None:
                 return call_module(module, *args, **kwargs)
-            recorder.path.append(name)
+            recorder.writer.path.append(name)
             try:
                 if is_leaf_type(type(module)):
                     return recorder.leaf_module(module, args, kwargs)
                 return call_module(module, *args, **kwargs)
             finally:
-                recorder.path.pop()
+                recorder.writer.path.pop()
 
         base_apply = cast("Any", torch.autograd.Function.apply).__func__
 
@@ -127,6 +128,7 @@ class SideEffects:
 
     def __init__(self, module: nn.Module) -> None:
         self.random_state = random.getstate()
+        self.numpy_state: Any = numpy.random.get_state()
         self.entries = [
             (type(part).__name__, dictionary, dict(dictionary))
             for part in module.modules()
@@ -154,6 +156,9 @@ class SideEffects:
         if random.getstate() != self.random_state:
             random.setstate(self.random_state)
             changed.append("Python's random generator")
+        if not _same_draws(numpy.random.get_state(), self.numpy_state):
+            numpy.random.set_state(self.numpy_state)
+            changed.append("NumPy's random generator")
         for kind, dictionary, before in self.entries:
             for key in set(dictionary) | set(before):
                 if dictionary.get(key) is before.get(key) and (key in dictionary) == (
@@ -171,6 +176,11 @@ class SideEffects:
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(before)
         return changed
+
+
+def _same_draws(one: Any, other: Any) -> bool:
+    """Whether two states of NumPy's generator are the same."""
+    return one[2:] == other[2:] and bool((one[1] == other[1]).all())
 
 
 def _copied(value: Any) -> Any:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +46,7 @@ class Recording:
         out_spec: how the flat outputs form the result.
         shapes, sizes: the symbols and where each is read from.
         fakes: the fake input of each placeholder (None for a cache).
+        conditions: source over the flat arguments `L` -> the value it must have, of caches.
     """
 
     graph: fx.Graph
@@ -56,23 +55,4 @@ class Recording:
     shapes: SymbolicShapes
     sizes: SizeNodes
     fakes: list[Tensor | None]
-
-
-class Opaque:
-    """A cache inside a recorded call: of its type for `isinstance`; only `update` may be used."""
-
-    __slots__ = ("_update", "node", "real")
-
-    def __init__(self, node: fx.Node, update: Callable[..., Any], real: Any) -> None:
-        self.node = node
-        self.real = real
-        self._update = update
-
-    @property
-    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return type(self.real)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "update":
-            return partial(self._update, self)
-        raise CaptureError(f"{type(self.real).__name__}.{name} is read inside the region")
+    conditions: dict[str, Any]

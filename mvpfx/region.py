@@ -20,7 +20,12 @@ from mvpfx.recorder import Recorder
 from mvpfx.recording import CONSTANTS, CaptureError, Recording
 from mvpfx.swap import original_class, runtime_of, set_runtime
 from mvpfx.torch_private import autocast_state, is_fake, pytree
-from mvpfx.transformers_types import is_cache, is_checkpointed_block
+from mvpfx.transformers_types import (
+    collected_outputs,
+    is_cache,
+    is_checkpointed_block,
+    is_idle_hook,
+)
 from mvpfx.variant import Variant
 
 MOST_VARIANTS = 32
@@ -205,7 +210,8 @@ def _record(
 
 def _check_hooks(module: nn.Module) -> None:
     for name, part in module.named_modules():
-        if name and (part._forward_hooks or part._forward_pre_hooks):
+        hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+        if name and not all(is_idle_hook(hook) for hook in hooks):
             raise CaptureError(f"{name} has forward hooks")
         if name and "forward" in part.__dict__:
             raise CaptureError(f"{name} has a forward of its own instance")
@@ -220,9 +226,9 @@ def _signature(module: nn.Module, flat: list[Any], spec: Any) -> tuple[Any, ...]
             if is_fake(value) or type(value) not in (Tensor, nn.Parameter):
                 raise CaptureError(f"an argument is a {type(value).__name__}")
             devices.add(value.device.type)
-            ones = tuple(size == 1 for size in value.shape)
+            small = tuple(min(size, 2) for size in value.shape)  # 0 and 1 are no symbols
             leaves.append(
-                (value.dtype, value.device, ones, value.requires_grad, value.is_contiguous())
+                (value.dtype, value.device, small, value.requires_grad, value.is_contiguous())
             )
         elif is_cache(value):
             leaves.append(type(value))
@@ -235,6 +241,7 @@ def _signature(module: nn.Module, flat: list[Any], spec: Any) -> tuple[Any, ...]
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         autocast_state(tuple(sorted(devices))),
+        collected_outputs(),
         _configuration(module),
         tuple(leaves),
     )

@@ -15,37 +15,59 @@ class UnknownSizeError(Exception):
     """A size that depends on data, or an expression this package cannot write down."""
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a symbol is read.
+
+    Attributes:
+        node: what is read in the graph: a tensor, or where `method` is None the number itself.
+        method: "size" or "stride", at dimension `dim`.
+        text: the same before the graph runs, as Python source over the flat arguments `L`; None
+            for a number that only the running graph knows.
+    """
+
+    node: fx.Node
+    method: str | None = None
+    dim: int = 0
+    text: str | None = None
+
+
 @dataclass
 class SizeNodes:
     """Turns size expressions into graph nodes.
 
     Attributes:
         graph: where the nodes go.
-        sources: the placeholder (or cache update) and dimension each symbol is read from.
-        opaque: symbols that no guard may mention, such as the length of a cache.
+        sources: where each symbol is read.
         last_input: the last placeholder; sizes of inputs are read right after it.
     """
 
     graph: fx.Graph
-    sources: dict[Any, tuple[fx.Node, int]] = field(default_factory=dict[Any, tuple[fx.Node, int]])
-    opaque: set[Any] = field(default_factory=set[Any])
+    sources: dict[Any, Source] = field(default_factory=dict[Any, Source])
     last_input: fx.Node | None = None
     _nodes: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
-    def add_input(self, fake: Tensor, node: fx.Node) -> None:
-        """Register the symbols of an input's sizes."""
-        self.last_input = node
-        for dim, size in enumerate(fake.shape):
-            if isinstance(size, torch.SymInt):
-                expression = int_expression(size)
-                if isinstance(expression, Symbol):
-                    self.sources.setdefault(expression, (node, dim))
+    def add_tensor(self, fake: Tensor, node: fx.Node, text: str) -> None:
+        """Register the symbols of the sizes and strides of a tensor that is there before the graph
+        runs, as what `text` evaluates to.
+        """
+        if node.op == "placeholder":
+            self.last_input = node
+        sizes = [(size, "size", dim) for dim, size in enumerate(fake.shape)]
+        strides = [(stride, "stride", dim) for dim, stride in enumerate(fake.stride())]
+        for number, method, dim in (*sizes, *strides):
+            expression = int_expression(number)
+            if isinstance(expression, Symbol):
+                source = Source(node, method, dim, f"{text}.{method}({dim})")
+                self.sources.setdefault(expression, source)
 
-    def add_opaque(self, size: int | torch.SymInt, node: fx.Node, dim: int) -> None:
-        """Register a symbol that only the running graph knows."""
-        expression = int_expression(size)
-        self.sources[expression] = (node, dim)
-        self.opaque.add(expression)
+    def add_number(self, number: int | torch.SymInt, node: fx.Node, text: str | None) -> None:
+        """Register the symbol of a number that is the value of `node`."""
+        self.sources.setdefault(int_expression(number), Source(node, text=text))
+
+    def add_length(self, size: int | torch.SymInt, node: fx.Node, dim: int) -> None:
+        """Register the symbol of a size that only the running graph knows."""
+        self.sources.setdefault(int_expression(size), Source(node, "size", dim))
 
     def check_known(self, expression: Any, name: str) -> None:
         """Raise `UnknownSizeError` where a number a call returned depends on data."""
@@ -69,12 +91,14 @@ class SizeNodes:
     def _read(self, symbol: Any) -> fx.Node:
         if symbol not in self.sources:
             raise UnknownSizeError(f"size {symbol} depends on data")
-        source, dim = self.sources[symbol]
-        is_input = source.op == "placeholder"
-        after = self.last_input if is_input else source
+        source = self.sources[symbol]
+        if source.method is None:
+            return source.node
+        is_input = source.node.op == "placeholder"
+        after = self.last_input if is_input else source.node
         assert after is not None
         with self.graph.inserting_after(after):
-            node = self.graph.call_method("size", (source, dim))
+            node = self.graph.call_method(source.method, (source.node, source.dim))
         node.meta["module"] = ""
         if is_input:
             self.last_input = node

@@ -11,9 +11,11 @@ of them went missing. Nothing else in the package imports from an underscored to
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import sympy
@@ -21,6 +23,7 @@ import torch
 import torch.utils._pytree as pytree
 from sympy.core.symbol import Symbol
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -31,6 +34,7 @@ from torch.utils._sympy.printers import PythonPrinter
 REQUIRED: dict[str, tuple[str, ...]] = {
     "torch._C": ("_set_grad_enabled", "_current_graph_task_id"),
     "torch._C._nn": ("linear",),
+    "torch._dispatch.python": ("enable_python_dispatcher",),
     "torch._dynamo.source": ("ConstantSource",),
     "torch._subclasses.fake_tensor": ("FakeTensor", "FakeTensorMode"),
     "torch.fx.experimental.symbolic_shapes": ("DimDynamic", "ShapeEnv", "StatelessSymbolicContext"),
@@ -109,13 +113,29 @@ def size_hint(size: int | torch.SymInt) -> int:
 
 
 class SymbolicShapes:
-    """Fake tensors whose sizes above 1 are symbols, and the guards met while they were used."""
+    """Fake tensors whose sizes above 1 are symbols, and the guards met while they were used.
+
+    Entered, every call of torch works on fakes. Kernels are then looked up in Python first, since
+    some fake kernels written in C++ refuse symbols; and a kernel that refuses all the same is the
+    recorder's to tell, not for a log.
+    """
 
     def __init__(self) -> None:
         self.environment = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.environment, allow_non_fake_inputs=True)
         self._inputs = 0
-        self._lengths = 0
+        self._numbers = 0
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(self.mode)
+            stack.enter_context(enable_python_dispatcher())
+            _fake_tensor_log.addFilter(_nothing)
+            stack.callback(_fake_tensor_log.removeFilter, _nothing)
+            self._stack = stack.pop_all()
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
 
     def fake(self, tensor: Tensor) -> FakeTensor:
         """A fake of `tensor`: one symbol for each size above 1; dtype, device, strides as given."""
@@ -134,14 +154,18 @@ class SymbolicShapes:
         if not tensor.requires_grad:
             return fake
         with self.mode, torch.enable_grad():
-            leaf: Any = fake.requires_grad_()
-            return leaf if tensor.is_leaf else leaf.clone()
+            if tensor.is_leaf:
+                return fake.requires_grad_()  # pyright: ignore[reportReturnType]
+            if 0 in tensor.stride():  # values share memory, so nothing may be added in place
+                return fake.requires_grad_().clone()  # pyright: ignore[reportReturnType]
+            tie = torch.zeros((), dtype=tensor.dtype, device=tensor.device, requires_grad=True)
+            return fake.add_(tie)  # pyright: ignore[reportReturnType]
 
-    def fresh_length(self) -> torch.SymInt:
-        """A size that nothing is known of, such as the length of a cache after an update."""
-        self._lengths += 1
-        source = ConstantSource(f"length{self._lengths}")
-        hint = 1009 + self._lengths
+    def number(self, hint: int | None = None) -> torch.SymInt:
+        """A number of 2 or more that is `hint` now; nothing is known of it where that is None."""
+        self._numbers += 1
+        source = ConstantSource(f"number{self._numbers}")
+        hint = 1009 + self._numbers if hint is None else hint
         symbol = self.environment.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
         size = self.environment.create_symintnode(symbol, hint=hint, source=source)
         assert isinstance(size, torch.SymInt)
@@ -154,6 +178,14 @@ class SymbolicShapes:
     def guards(self) -> list[Any]:
         """The conditions on sizes under which the recorded control flow holds."""
         return [guard.expr for guard in self.environment.guards if guard.expr != sympy.true]
+
+
+_fake_tensor_log = logging.getLogger("torch._subclasses.fake_tensor")
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    """Lets no record through."""
+    return False
 
 
 def print_expression(expression: Any) -> str:

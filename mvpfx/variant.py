@@ -11,12 +11,12 @@ from torch import fx, nn
 
 from mvpfx.recording import SELF, CaptureError, Recording
 from mvpfx.torch_private import (
-    Symbol,
     int_expression,
     print_expression,
     pytree,
     set_grad_enabled,
 )
+from mvpfx.transformers_types import held_length, layer_type
 
 Check = Callable[[list[Any]], bool]
 Slot = tuple[dict[str, Any], str]
@@ -61,32 +61,49 @@ def size_check(recording: Recording) -> Check:
         CaptureError: a guard mentions a size only the running graph knows.
     """
     sizes, shapes = recording.sizes, recording.shapes
-    position = dict(
-        zip(
-            (n for n in recording.graph.nodes if n.op == "placeholder"),
-            recording.leaves,
-            strict=True,
-        )
-    )
     guards = shapes.guards()
     for guard in guards:
-        if set(guard.free_symbols) & sizes.opaque:
+        if any(sizes.sources[s].text is None for s in guard.free_symbols if s in sizes.sources):
             raise CaptureError(f"its control flow depends on the length of a cache: {guard}")
-    lines = [
-        f"{symbol} = L[{position[node]}].shape[{dim}]"
-        for symbol, (node, dim) in sizes.sources.items()
-        if symbol not in sizes.opaque
-    ]
+        unknown = guard.free_symbols - set(sizes.sources)
+        if unknown:
+            raise CaptureError(f"its control flow depends on data: {guard}")
+    known = {symbol: s for symbol, s in sizes.sources.items() if s.text is not None}
+    lines = [f"{symbol} = {source.text}" for symbol, source in known.items()]
     conditions = [print_expression(guard) for guard in guards]
-    for node, fake in zip(position, recording.fakes, strict=True):
+    conditions += [f"{symbol} >= 2" for symbol, s in known.items() if s.node.op != "placeholder"]
+    placeholders = (n for n in recording.graph.nodes if n.op == "placeholder")
+    for node, fake, at in zip(placeholders, recording.fakes, recording.leaves, strict=True):
         for dim, size in enumerate(fake.shape if fake is not None else ()):
             expression = shapes.replaced(int_expression(size))
-            if not isinstance(expression, Symbol) or sizes.sources.get(expression) != (node, dim):
-                found = print_expression(expression)
-                conditions.append(f"L[{position[node]}].shape[{dim}] == {found}")
-    lines.append("return " + (" and ".join(f"({c})" for c in conditions) or "True"))
-    namespace: dict[str, Any] = {"math": math}
-    exec("def check(L):\n" + "\n".join(f"    {line}" for line in lines), namespace)
+            source = sizes.sources.get(expression)
+            if source is None or (source.node, source.method, source.dim) != (node, "size", dim):
+                conditions.append(f"L[{at}].shape[{dim}] == {print_expression(expression)}")
+    return _compile_check(lines, conditions, recording)
+
+
+def _compile_check(lines: list[str], conditions: list[str], recording: Recording) -> Check:
+    """One function: the conditions on caches, then the sizes, then the conditions on sizes.
+
+    A cache that lacks what is asked for is another one than was recorded.
+    """
+    wanted = list(recording.conditions.values())
+    caches = [f"{text} == wanted[{i}]" for i, text in enumerate(recording.conditions)]
+    body = [f"if not ({condition}): return False" for condition in caches]
+    body += [*lines, "return " + (" and ".join(f"({c})" for c in conditions) or "True")]
+    if (
+        any(source.node.op != "placeholder" for source in recording.sizes.sources.values())
+        or caches
+    ):
+        errors = "(AttributeError, IndexError, KeyError, TypeError)"
+        body = ["try:", *(f"    {line}" for line in body), f"except {errors}:", "    return False"]
+    namespace: dict[str, Any] = {
+        "math": math,
+        "wanted": wanted,
+        "layer_type": layer_type,
+        "held_length": held_length,
+    }
+    exec("def check(L):\n" + "\n".join(f"    {line}" for line in body), namespace)
     return cast("Check", namespace["check"])
 
 
