@@ -3,10 +3,14 @@
 `prepare` before fine-tuning, `convert` for deployment, `sparsity_table` to see what happened.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from mvpfx import distributed
 from mvpfx.api import convert, graphs, prepare
 from mvpfx.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from mvpfx.config import PruningConfig
+from mvpfx.distillation import Distillation, distillation_loss
 from mvpfx.optim import parameter_groups
 from mvpfx.penalty import penalty
 from mvpfx.report import Report, explain, sparsity_table
@@ -15,17 +19,23 @@ from mvpfx.schedule import ConstantSchedule, CubicSchedule, LinearSchedule
 from mvpfx.scheduler import SparsityScheduler
 from mvpfx.state import report_of
 
+if TYPE_CHECKING:
+    from mvpfx import hf
+
 __all__ = [
     "ConstantSchedule",
     "CubicSchedule",
+    "Distillation",
     "LinearSchedule",
     "PruningConfig",
     "Report",
     "SparsityScheduler",
     "convert",
+    "distillation_loss",
     "distributed",
     "explain",
     "graphs",
+    "hf",
     "latest_checkpoint",
     "load_checkpoint",
     "parameter_groups",
@@ -37,3 +47,10 @@ __all__ = [
     "sparsity_table",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`mvpfx.hf`, which imports transformers, when it is first asked for."""
+    if name == "hf":
+        return importlib.import_module("mvpfx.hf")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
