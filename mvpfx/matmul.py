@@ -12,31 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, fx
 
-from mvpfx.torch_private import grouped_mm, linear, size_hint
+from mvpfx.matmul_table import LISTED_WEIGHTS, SEVERAL_WEIGHTS, SIGNATURES, Signature
+from mvpfx.torch_private import size_hint
 
 ParameterShape = Callable[[str], "tuple[int, ...] | Size | None"]
 """The shape of the parameter a get_attr target names, None where it is no parameter."""
-
-
-@dataclass(frozen=True)
-class Signature:
-    """Where a kind of call takes its operands.
-
-    Attributes:
-        kind: name of the kind.
-        left, right: positions of the two factors; a weight may be either.
-        bias: position of the bias, None where the call takes none.
-        out_dim_right, out_dim_left: the weight's dimension of output features in each place.
-        keywords: keyword names of operands passed by name.
-    """
-
-    kind: str
-    left: int
-    right: int
-    bias: int | None = None
-    out_dim_right: int = 1
-    out_dim_left: int = 0
-    keywords: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass
@@ -53,7 +33,8 @@ class Matmul:
         bias: the get_attr node of the bias, None where there is none.
         out_dim: the dimension of the stored weight that runs along output features.
         parts: number of matrices the stored weight stacks along its first dimension.
-        kind: "linear", "addmm", "matmul", "einsum", "convolution", "attention", "grouped".
+        kind: "linear", "addmm", "matmul", "einsum", "convolution", "attention", "grouped",
+            "recurrent".
     """
 
     node: fx.Node
@@ -68,53 +49,6 @@ class Matmul:
     parts: int = 1
 
 
-_LINEAR = Signature(
-    "linear", 0, 1, bias=2, out_dim_right=0, keywords=(("input", 0), ("weight", 1), ("bias", 2))
-)
-_MATMUL = Signature("matmul", 0, 1, keywords=(("input", 0), ("other", 1), ("mat2", 1)))
-_RIGHT_MATMUL = Signature("matmul", 1, 0)
-_ADDMM = Signature(
-    "addmm", 1, 2, bias=0, keywords=(("input", 0), ("mat1", 1), ("mat2", 2), ("batch2", 2))
-)
-_CONVOLUTION = Signature(
-    "convolution", 0, 1, 2, 0, keywords=(("input", 0), ("weight", 1), ("bias", 2))
-)
-_TRANSPOSED = Signature(
-    "convolution", 0, 1, 2, 1, keywords=(("input", 0), ("weight", 1), ("bias", 2))
-)
-_GROUPED = Signature("grouped", 0, 1, keywords=(("input", 0), ("mat2", 1)))
-
-_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d)
-_TRANSPOSED_CONVOLUTIONS = (
-    torch.conv_transpose1d,
-    torch.conv_transpose2d,
-    torch.conv_transpose3d,
-    F.conv_transpose1d,
-    F.conv_transpose2d,
-    F.conv_transpose3d,
-)
-_SIGNATURES: dict[Any, Signature] = {
-    **dict.fromkeys(_CONVOLUTIONS, _CONVOLUTION),
-    **dict.fromkeys(_TRANSPOSED_CONVOLUTIONS, _TRANSPOSED),
-    linear: _LINEAR,
-    F.linear: _LINEAR,
-    torch.matmul: _MATMUL,
-    torch.mm: _MATMUL,
-    torch.bmm: _MATMUL,
-    operator.matmul: _MATMUL,
-    torch.addmm: _ADDMM,
-    torch.baddbmm: _ADDMM,
-    grouped_mm: _GROUPED,
-    "matmul": _MATMUL,
-    "__matmul__": _MATMUL,
-    "__rmatmul__": _RIGHT_MATMUL,
-    "mm": _MATMUL,
-    "bmm": _MATMUL,
-    "addmm": _ADDMM,
-    "baddbmm": _ADDMM,
-}
-_ATTENTION_WEIGHTS = {5: "in_proj_weight", 11: "out_proj_weight"}
-_ATTENTION_KEYWORDS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 _CHOOSING = (operator.getitem, "__getitem__", "index_select", torch.index_select)
 _SAME = ("to", "contiguous", "float", "half", "bfloat16", "type", "type_as")
 _SWAPS = ("t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute")
@@ -128,13 +62,13 @@ def find_matmuls(graph: fx.Graph, shape_of: ParameterShape) -> list[Matmul]:
 def _uses(node: fx.Node, shape_of: ParameterShape) -> Iterator[Matmul]:
     if node.op not in ("call_function", "call_method"):
         return
-    if node.target is F.multi_head_attention_forward:
-        yield from _attention_uses(node, shape_of)
+    if node.target in SEVERAL_WEIGHTS or node.target in LISTED_WEIGHTS:
+        yield from _several_uses(node, shape_of)
         return
     if node.target in (torch.einsum, torch.functional.einsum):
         yield from _einsum_uses(node, shape_of)
         return
-    signature = _SIGNATURES.get(node.target)
+    signature = SIGNATURES.get(node.target)
     if signature is None:
         return
     operands = _operands(node, signature)
@@ -174,19 +108,21 @@ def _operands(node: fx.Node, signature: Signature) -> dict[int, fx.Node]:
     return {position: value for position, value in given.items() if isinstance(value, fx.Node)}
 
 
-def _attention_uses(node: fx.Node, shape_of: ParameterShape) -> Iterator[Matmul]:
-    operands = [
-        node.args[position] if position < len(node.args) else node.kwargs.get(name)
-        for position, name in _ATTENTION_WEIGHTS.items()
-    ]
-    operands += [node.kwargs.get(name) for name in _ATTENTION_KEYWORDS]
+def _several_uses(node: fx.Node, shape_of: ParameterShape) -> Iterator[Matmul]:
+    """The weights of a call that multiplies by more than one: attention, a recurrent layer."""
+    kind = "attention" if node.target is F.multi_head_attention_forward else "recurrent"
+    operands: list[Any] = []
+    for position, name in SEVERAL_WEIGHTS.get(node.target, ()):
+        given = 0 <= position < len(node.args)
+        operands.append(node.args[position] if given else node.kwargs.get(name))
+    for argument in node.args if node.target in LISTED_WEIGHTS else ():
+        operands += argument if isinstance(argument, (list, tuple)) else ()
     for operand in operands:
         found = _weight(operand, shape_of)
         if found is not None:
             weight, mask, chain = found
-            yield Matmul(
-                node, weight, cast("fx.Node", operand), "attention", 0, None, None, mask, chain
-            )
+            operand = cast("fx.Node", operand)
+            yield Matmul(node, weight, operand, kind, 0, None, None, mask, chain)
 
 
 def _einsum_uses(node: fx.Node, shape_of: ParameterShape) -> Iterator[Matmul]:

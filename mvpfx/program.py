@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from mvpfx.recurrent import refresh_flat_weights
 from mvpfx.site import Site
 from mvpfx.weights import parameter_names
 
@@ -177,6 +178,7 @@ class Program:
                 owner._modules.pop(leaf, None)
             else:
                 owner._modules[leaf] = module
+        refresh_flat_weights(model)
         return model
 
 

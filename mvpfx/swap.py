@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mvpfx.distributed import is_sharded
 from mvpfx.interception import Running, is_capturing, is_running
+from mvpfx.recurrent import FLAT, flat_weights_property
 
 MASK_SUFFIX = "_mask"
 _RUNTIME = "_mvpfx_region"
@@ -66,6 +67,8 @@ def swap_class(module: nn.Module, masked: tuple[str, ...] = (), region: bool = F
             __doc__=base.__doc__,
             __reduce_ex__=_reduce,
         )
+        if masked and issubclass(base, nn.RNNBase):
+            body[FLAT] = flat_weights_property()
         body[_CLASS_KEY] = key
         _classes[key] = type(base.__name__, (base,), body)
     module.__class__ = _classes[key]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from mvpfx.recurrent import recurrent_weights
 from mvpfx.site import Site
 from mvpfx.transformers_types import is_conv1d, is_experts
 
@@ -46,6 +47,15 @@ def weight_owners(model: nn.Module) -> Iterator[str]:
             yield name
 
 
+def computed_weights(model: nn.Module) -> Iterator[str]:
+    """Names of layers' weights that are no parameters but computed from others in each forward:
+    under `torch.nn.utils.parametrize`, or weight norm by hooks.
+    """
+    for module_name, module in model.named_modules():
+        if isinstance(module, (*_LAYERS, *_TRANSPOSED)) and "weight" not in module._parameters:
+            yield f"{module_name}.weight" if module_name else "weight"
+
+
 def parameter_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """All names of each parameter, its own included, by every name."""
     by_identity: dict[int, list[str]] = {}
@@ -63,6 +73,8 @@ def _layer_weights(module: nn.Module) -> Iterator[tuple[str, int]]:
         for name, weight in module._parameters.items():
             if weight is not None and weight.dim() == 3:
                 yield name, 2 if getattr(module, "is_transposed", False) else 1
+    elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        yield from ((name, 0) for name in recurrent_weights(module))
     elif isinstance(module, nn.MultiheadAttention):
         for name in _ATTENTION:
             if module._parameters.get(name) is not None:

@@ -12,13 +12,19 @@ from mvpfx.config import PruningConfig
 from mvpfx.facts import fact
 from mvpfx.mask import Mask
 from mvpfx.matmul import find_matmuls
+from mvpfx.patterns import specificity
 from mvpfx.pipeline import Decision, Pass
 from mvpfx.program import Program, full_name
 from mvpfx.region import block_names
 from mvpfx.site import Site
 from mvpfx.swap import original_class
 from mvpfx.transformers_types import base_model_name, is_pretrained, is_router
-from mvpfx.weights import layer_sites, parameter_names, weight_owners
+from mvpfx.weights import computed_weights, layer_sites, parameter_names, weight_owners
+
+COMPUTED = (
+    "its weight is computed from other parameters (a parametrization, weight norm); to prune it "
+    "make it a parameter first, with torch.nn.utils.parametrize.remove_parametrizations"
+)
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,7 @@ class FindSites(Pass):
                 if known is None:
                     candidates[site.name] = site
         if self.config is None:
-            for mask in program.model.modules():
-                if isinstance(mask, Mask):
-                    candidates.setdefault(mask.site.name, mask.site)
-                    program.rules[mask.site.name] = mask.rule
-            program.sites = candidates
+            _keep_all(program, candidates)
             return
         kind = original_class(program.model).__name__
         waiting = [] if program.graphs else list(weight_owners(program.model))
@@ -63,7 +65,10 @@ class FindSites(Pass):
                 "functional matmul on a parameter."
             )
         defaults = _defaults(program, candidates)
+        _check_computed(program, self.config, candidates)
         program.rules = self.config.rules(list(candidates.values()), defaults)
+        for name in computed_weights(program.model):
+            yield Decision(name, "site", False, COMPUTED)
         for name in waiting if not candidates else ():
             yield Decision(name or kind, "site", False, "its weights are found at its first call")
         if candidates and not program.rules:
@@ -130,6 +135,28 @@ def _reason(program: Program, site: Site, defaults: list[str]) -> str:
     if is_router(program.model.get_submodule(site.module_name)):
         return "it routes to experts"
     return "outside the repeated blocks of the base model"
+
+
+def _keep_all(program: Program, candidates: dict[str, Site]) -> None:
+    """Every candidate and every masked weight is a site, masked ones by their own rules."""
+    for mask in program.model.modules():
+        if isinstance(mask, Mask):
+            candidates.setdefault(mask.site.name, mask.site)
+            program.rules[mask.site.name] = mask.rule
+    program.sites = candidates
+
+
+def _check_computed(program: Program, config: PruningConfig, candidates: dict[str, Site]) -> None:
+    """Make sure that no override is for computed weights only."""
+    for pattern in config.overrides:
+        if any(specificity(pattern, site) is not None for site in candidates.values()):
+            continue
+        for name in computed_weights(program.model):
+            if specificity(pattern, Site(name, ())) is not None:
+                raise ValueError(
+                    f'overrides name {name} ("{pattern}"), which is no site: {COMPUTED}. '
+                    "Take it out of overrides."
+                )
 
 
 def _rule_text(program: Program, name: str) -> str:
