@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,16 +45,22 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Measure the files in `folder` and write their manifest; all of it is on disk afterwards."""
-    files = {name: _measured(folder / name) for name in _file_names(folder)}
+def write_manifest(folder: Path, manifest: Manifest, patterns: Sequence[str] = ("**/*",)) -> None:
+    """Measure the files in `folder` and write their manifest; all of it is on disk afterwards.
+
+    Args:
+        folder: to which nothing else is written any more.
+        manifest: whose `files` are filled in.
+        patterns: of the files that are listed.
+    """
+    files = {name: _measured(folder / name) for name in _file_names(folder, patterns)}
     body = {**asdict(manifest), "files": files, "format": FORMAT, "version": VERSION}
     body["digest"] = _digest(body)
     text = json.dumps(body, indent=2, sort_keys=True) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     for name in (*files, MANIFEST):
         _flush(folder / name)
-    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+    for path in {(folder / name).parent for name in (*files, MANIFEST)}:
         _flush(path)
 
 
@@ -187,10 +193,10 @@ def _replaced(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.replaced")
 
 
-def _file_names(folder: Path) -> list[str]:
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    names = (path.relative_to(folder).as_posix() for path in paths)
-    return sorted(name for name in names if name != MANIFEST)
+def _file_names(folder: Path, patterns: Sequence[str]) -> list[str]:
+    paths = (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    names = {path.relative_to(folder).as_posix() for path in paths}
+    return sorted(names - {MANIFEST})
 
 
 def _measured(path: Path) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from mvpfx.swap import original_class
 from mvpfx.transformers_types import is_pretrained
 
 WEIGHTS = "model.safetensors"
-_SCORES = "_mask.scores"
+SCORES = "pruning_scores.safetensors"
+"""What masks store, apart from the weights: transformers renames some weights when it saves."""
+_SUFFIX = "_mask.scores"
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:
@@ -69,6 +71,31 @@ def save_state(model: nn.Module, folder: Path) -> dict[str, str]:
     return tied
 
 
+def split_scores(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A state without the scores, and the scores."""
+    scores = {name: value for name, value in state.items() if name.endswith(_SUFFIX)}
+    return {name: value for name, value in state.items() if name not in scores}, scores
+
+
+def save_scores(scores: Mapping[str, Tensor], folder: Path) -> None:
+    """Write scores to `pruning_scores.safetensors`; no file where there are none."""
+    stored = {name: value.detach().to("cpu").contiguous() for name, value in scores.items()}
+    if stored:
+        save_file(stored, folder / SCORES, metadata={"format": "pt"})
+
+
+def read_scores(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """The scores in a verified checkpoint of the Trainer, as `model` needs them.
+
+    Raises:
+        ValueError: a name is missing or unknown, or a shape differs.
+    """
+    _, own = split_scores(model.state_dict())
+    found = _read_file(folder / SCORES) if own else {}
+    check_state(own, found, type(model).__name__, folder)
+    return found
+
+
 def read_state(
     model: nn.Module, folder: Path, manifest: Manifest, dense: bool = False
 ) -> dict[str, Tensor]:
@@ -89,9 +116,9 @@ def read_state(
     found = _read_files(folder, manifest)
     found |= {name: found[source] for name, source in manifest.tied.items()}
     if dense:
-        found = {name: value for name, value in found.items() if not name.endswith(_SCORES)}
+        found, _ = split_scores(found)
     own = {n: v for n, v in model.state_dict().items() if isinstance(v, Tensor)}
-    lacking = [name for name in _absent(own, found) if not name.endswith(_SCORES)]
+    lacking = [name for name in _absent(own, found) if not name.endswith(_SUFFIX)]
     if lacking and manifest.writer != "loop" and is_pretrained(model):
         found = _converted(model, folder, found)
     present = {_memory(own[name]): value for name, value in found.items() if name in own}
@@ -130,7 +157,7 @@ def check_state(
 
 
 def _other(name: str) -> str:
-    if name.endswith(_SCORES):
+    if name.endswith(_SUFFIX):
         return (
             "Prepare the model as it was when saved: "
             "mvpfx.prepare(model, mvpfx.pruning_config(folder)), with example_inputs= if it was "
@@ -160,11 +187,16 @@ def _read_files(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
         raise ValueError(
             f"{folder} has no {WEIGHTS}, so it cannot be loaded here. Resume it with what saved it."
         )
+    names += [SCORES] if SCORES in manifest.files else []
     found: dict[str, Tensor] = {}
     for name in names:
-        with safe_open(folder / name, framework="pt") as file:
-            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
+        found |= _read_file(folder / name)
     return found
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
 
 
 def _converted(model: nn.Module, folder: Path, found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -173,5 +205,4 @@ def _converted(model: nn.Module, folder: Path, found: dict[str, Tensor]) -> dict
     held: Any = model
     with torch.random.fork_rng():
         fresh = plain.from_pretrained(folder, config=held.config, dtype=held.dtype)
-    scores = {name: value for name, value in found.items() if name.endswith(_SCORES)}
-    return {**fresh.state_dict(), **scores}
+    return {**fresh.state_dict(), **split_scores(found)[1]}

@@ -5,7 +5,7 @@ Imports transformers, so nothing but `mvpfx.hf` imports this module.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +99,18 @@ class PruningCallback(TrainerCallback, ExportableState):
         if args.should_save and folder.is_dir() and not (folder / MANIFEST).exists():
             self.seal(folder, kwargs["model"], state.global_step, "callback")
 
-    def seal(self, folder: Path, model: nn.Module, step: int, writer: str) -> None:
-        """Write configuration and manifest into a folder to which nothing else will be written."""
+    def seal(
+        self,
+        folder: Path,
+        model: nn.Module,
+        step: int,
+        writer: str,
+        patterns: Sequence[str] = ("**/*",),
+    ) -> None:
+        """Write configuration and manifest into a folder, for the files that match a pattern."""
         save_config(model, folder)
         schedule = None if self.scheduler is None else self.scheduler.state_dict()
-        write_manifest(folder, Manifest(writer, step, schedule))
+        write_manifest(folder, Manifest(writer, step, schedule), patterns)
 
     def figures(self, model: nn.Module) -> dict[str, float]:
         """What to log: the density counted over all sites, and the penalty where there is one."""

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
@@ -22,11 +22,13 @@ from transformers.trainer_utils import (
 )
 
 from mvpfx.manifest import Manifest, settled, take_place, verify_checkpoint
-from mvpfx.model_state import read_state
+from mvpfx.model_state import read_scores, read_state, save_scores, split_scores
 from mvpfx.pruning_callback import PruningCallback
-from mvpfx.saved_config import check_config, read_config, save_config
+from mvpfx.saved_config import check_config, read_config
 
 _STAGING = ".saving"
+_MODEL = ("model*.safetensors*", "adapter_*", "config.json", "pruning_*")
+"""The files of a model; others in its folder may change while it stays."""
 
 
 class VerifiedTrainer(Trainer):
@@ -58,7 +60,13 @@ class VerifiedTrainer(Trainer):
             folder = get_last_checkpoint(self.args.output_dir)
         if folder:
             folder = str(settled(Path(folder)))
-            self._verified(folder)
+            files = self._verified(folder).files
+            if not any(name.startswith("optimizer") for name in files) and self._is_plain:
+                raise ValueError(
+                    f"{folder} has no state of the optimizer, so the run cannot go on exactly. Save"
+                    " checkpoints with save_only_model=False, or load the model alone: "
+                    "mvpfx.load_checkpoint(folder, model)."
+                )
         return super().train(folder or resume_from_checkpoint, *args, **kwargs)
 
     def _verified(self, folder: str) -> Manifest:
@@ -78,11 +86,18 @@ class VerifiedTrainer(Trainer):
         return not special and not hasattr(self.model, "peft_config")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self._is_plain:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
         folder = Path(resume_from_checkpoint)
-        self.trained.load_state_dict(read_state(self.trained, folder, self._verified(str(folder))))
+        manifest = self._verified(resume_from_checkpoint)
+        if self._is_plain:
+            self.trained.load_state_dict(read_state(self.trained, folder, manifest))
+            return
+        scores = self._adapted_scores(folder)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.trained.load_state_dict(scores, strict=False)
+
+    def _adapted_scores(self, folder: Path) -> dict[str, Tensor]:
+        """The scores beside the adapters of PEFT, which saves nothing else of a model."""
+        return read_scores(self.trained, folder) if hasattr(self.model, "peft_config") else {}
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
@@ -90,7 +105,9 @@ class VerifiedTrainer(Trainer):
         if self._is_plain:
             self.trained.load_state_dict(read_state(self.trained, Path(best), manifest))
         else:
+            scores = self._adapted_scores(Path(best))
             super()._load_best_model()
+            self.trained.load_state_dict(scores, strict=False)
         assert self.pruning.scheduler is not None and manifest.schedule is not None
         self.pruning.scheduler.load_state_dict(manifest.schedule)
 
@@ -132,6 +149,13 @@ class VerifiedTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
+        """Write the model as `Trainer` does, its scores and its configuration beside it."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        dense, scores = split_scores(
+            self.trained.state_dict() if state_dict is None else state_dict
+        )
+        super()._save(str(folder), dense)
         if self.args.should_save:
-            save_config(self.trained, Path(output_dir or str(self.args.output_dir)))
+            save_scores(scores, folder)
+            if not self._staged:
+                self.pruning.seal(folder, self.trained, self.state.global_step, "trainer", _MODEL)
