@@ -31,7 +31,8 @@ class Variant:
 
     Attributes:
         graph: the graph, targets relative to the region.
-        check: whether a call's flat arguments meet the guards on sizes.
+        check: whether a call's flat arguments meet the guards on sizes, and on caches.
+        function: the graph as one function of what `inputs` gathers.
     """
 
     def __init__(self, module: nn.Module, recording: Recording, graph: fx.Graph) -> None:
@@ -39,18 +40,23 @@ class Variant:
         self.check: Check = size_check(recording)
         self._leaves = recording.leaves
         self._out_spec = recording.out_spec
-        self._function, self._slots = _generate(module, graph)
+        self.function, self._slots = _generate(module, graph)
         self._changes_grad_mode = any(n.target is set_grad_enabled for n in graph.nodes)
+
+    def inputs(self, flat: list[Any]) -> list[Any]:
+        """What the graph reads: its leaves of a call's flat arguments, then what modules hold."""
+        inputs = [flat[position] for position in self._leaves]
+        inputs += [holder[key] for holder, key in self._slots]
+        return inputs
 
     def run(self, flat: list[Any]) -> Any:
         """The region's result for the flattened arguments of a call that `check` accepts."""
-        inputs = [flat[position] for position in self._leaves]
-        inputs += [holder[key] for holder, key in self._slots]
+        inputs = self.inputs(flat)
         if self._changes_grad_mode:
             with torch.set_grad_enabled(torch.is_grad_enabled()):
-                out = self._function(*inputs)
+                out = self.function(*inputs)
         else:
-            out = self._function(*inputs)
+            out = self.function(*inputs)
         return pytree.tree_unflatten(list(out), self._out_spec)
 
 

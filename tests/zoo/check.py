@@ -42,6 +42,11 @@ class Outcome:
     expected: set[str] = field(default_factory=set[str])
 
     @property
+    def missed(self) -> set[str]:
+        """Weights that are multiplied by and were not masked."""
+        return self.expected - self.sites
+
+    @property
     def largest(self) -> float:
         """The largest relative difference of all."""
         return max(max(found.values()) for found in self.differences.values())
@@ -147,8 +152,9 @@ def compare(
         weight = weights[names[name]].detach()
         gradient = torch.zeros_like(weight) if gradient is None else gradient
         assert mask.scores is not None
-        product = to_matrix(gradient * weight, mask.site.out_dim, mask.site.parts)
-        scores = mask.granularity.reduce(product, mask.site.parts).to(mask.scores.dtype)
+        product = gradient.float() * weight.float()
+        matrix = to_matrix(product, mask.site.out_dim, mask.site.parts)
+        scores = mask.granularity.reduce(matrix, mask.site.parts).to(mask.scores.dtype)
         result["dS"] = max(result["dS"], difference(mask.scores.grad, scores))
         raw_part = wanted_weights.get(names[name])
         masked_part = gradient * mask.mask()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,45 +26,37 @@ _FACTORS: dict[str, tuple[int, ...]] = {
 }
 """Which arguments of a kernel are multiplied."""
 
-_COPIES = (
-    "aten::_to_copy",
-    "aten::clone",
-    "aten::copy_",
-    "aten::index",
-    "aten::index_select",
-    "aten::slice_backward",
-)
-"""Kernels whose result holds the values of their one operand, in another place or type."""
-
 
 class Multiplied(TorchDispatchMode):
-    """While entered, collects the parameters that kernels multiply by."""
+    """While entered, collects the parameters that kernels multiply by.
+
+    What is computed from parameters alone (a cast, a transposed copy, a weight norm) stands for the
+    parameters it comes from.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.names: set[str] = set()
-        self._owner = {
-            _storage(parameter): name
+        self._sources = {
+            _storage(parameter): {name} if parameter.dim() >= 2 else set[str]()
             for name, parameter in model.named_parameters()
-            if parameter.dim() >= 2
         }
         self._alive: list[Tensor] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func._schema.name
-        if name in _COPIES and isinstance(args[0], Tensor) and isinstance(out, Tensor):
-            owner = self._owner.get(_storage(args[0]))
-            if owner is not None and _storage(out) not in self._owner:
-                self._owner[_storage(out)] = owner
-                self._alive.append(out)  # its address must not be given away
-        self.names |= {
-            self._owner[_storage(factor)]
-            for factor in _factors(name, args)
-            if _storage(factor) in self._owner
-        }
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if inputs and all(_storage(tensor) in self._sources for tensor in inputs):
+            names = set[str]().union(*(self._sources[_storage(tensor)] for tensor in inputs))
+            for made in pytree.tree_leaves(out):
+                if isinstance(made, Tensor) and _storage(made) not in self._sources:
+                    self._sources[_storage(made)] = names
+                    self._alive.append(made)  # its address must not be given away
+        for factor in _factors(func._schema.name, args):
+            self.names |= self._sources.get(_storage(factor), set())
         return out
 
 

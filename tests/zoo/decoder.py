@@ -111,16 +111,22 @@ def _bart() -> nn.Module:
     return transformers.BartForConditionalGeneration(config)
 
 
-ENTRIES = (
+DECODERS = (
     Entry("GPT-2", "hf", _gpt2, causal_text),
     Entry("Llama", "hf", _llama, causal_text),
     Entry("Qwen3", "hf", _qwen3, causal_text),
     Entry("Gemma 2", "hf", _gemma2, causal_text),
     Entry("Gemma 3", "hf", _gemma3, causal_text),
+)
+MIXTURES = (
     Entry("Mixtral", "hf", _mixtral, causal_text),
     Entry("Qwen3-MoE", "hf", _qwen3_moe, causal_text),
+)
+STATE_SPACES = (
     Entry("Mamba2", "hf", _mamba2, causal_text),
     Entry("Falcon-H1", "hf", _falcon_h1, causal_text),
+)
+ENCODER_DECODERS = (
     Entry("T5", "hf", _t5, translated_text),
     Entry("BART", "hf", _bart, translated_text),
 )

@@ -15,6 +15,8 @@ Batch = dict[str, Any]
 SHAPES = ((2, 8), (1, 5), (2, 1), (3, 13))
 """(batch, sequence) of the four batches; batch 1 and sequence 1 are among them."""
 VOCABULARY = 99
+COMPUTED = "the matmul's weight is computed from it, by a parametrization or in the forward"
+INPUT = "a table that is the input of a matmul, not its weight"
 
 
 @dataclass(frozen=True)
