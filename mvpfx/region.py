@@ -8,24 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from mvpfx.interception import Running, is_capturing
-from mvpfx.mask import Mask
 from mvpfx.recorder import Recorder
-from mvpfx.recording import CONSTANTS, CaptureError, Recording
+from mvpfx.recording import CaptureError, Recording
+from mvpfx.signature import signature
 from mvpfx.swap import original_class, runtime_of, set_runtime
-from mvpfx.torch_private import autocast_state, is_fake, pytree
-from mvpfx.transformers_types import (
-    collected_outputs,
-    is_cache,
-    is_checkpointed_block,
-    is_idle_hook,
-)
+from mvpfx.torch_private import pytree
+from mvpfx.transformers_types import is_cache, is_checkpointed_block, is_idle_hook
 from mvpfx.variant import Variant
 
 MOST_VARIANTS = 32
@@ -76,7 +69,7 @@ class Region:
             return forward(module, *args, **kwargs)
         flat, spec = pytree.tree_flatten((args, kwargs), is_leaf=is_cache)
         try:
-            key = _signature(module, flat, spec)
+            key = signature(module, flat, spec)
             variant = _find(module, self, key, flat, (args, kwargs), forward)
         except CaptureError as reason:
             variant = str(reason)
@@ -213,78 +206,10 @@ def _check_hooks(module: nn.Module) -> None:
         hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
         if name and not all(is_idle_hook(hook) for hook in hooks):
             raise CaptureError(f"{name} has forward hooks")
+        if name and (part._backward_hooks or part._backward_pre_hooks):
+            raise CaptureError(f"{name} has backward hooks")
         if name and "forward" in part.__dict__:
             raise CaptureError(f"{name} has a forward of its own instance")
-
-
-def _signature(module: nn.Module, flat: list[Any], spec: Any) -> tuple[Any, ...]:
-    """What a variant depends on besides sizes; equal signatures share variants."""
-    leaves: list[Any] = []
-    devices = {"cpu"}
-    for value in flat:
-        if isinstance(value, Tensor):
-            if is_fake(value) or type(value) not in (Tensor, nn.Parameter):
-                raise CaptureError(f"an argument is a {type(value).__name__}")
-            devices.add(value.device.type)
-            small = tuple(min(size, 2) for size in value.shape)  # 0 and 1 are no symbols
-            leaves.append(
-                (value.dtype, value.device, small, value.requires_grad, value.is_contiguous())
-            )
-        elif is_cache(value):
-            leaves.append(type(value))
-        elif isinstance(value, CONSTANTS):
-            leaves.append((type(value), value))
-        else:
-            raise CaptureError(f"an argument of type {type(value).__name__} is not known")
-    return (
-        spec,
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        autocast_state(tuple(sorted(devices))),
-        collected_outputs(),
-        _configuration(module),
-        tuple(leaves),
-    )
-
-
-_CODE = (FunctionType, BuiltinFunctionType)
-_PLAIN = frozenset((bool, int, float, complex, str, type(None), torch.dtype, torch.device, *_CODE))
-
-_WRITTEN = frozenset(("problem_type",))
-"""Config entries that task heads write at their first call, and blocks do not read."""
-
-
-def _configuration(module: nn.Module) -> tuple[Any, ...]:
-    """All that a forward may branch on besides its arguments: the modules there are, their plain
-    attributes, and those of their configs. Leaves count too, although they are called live: BERT
-    hands the rate of a dropout layer to its attention function.
-    """
-    values: list[Any] = []
-    configs: list[Any] = []
-    stack = [module]
-    while stack:
-        part = stack.pop()
-        attributes = part.__dict__
-        values.append(type(part))
-        for value in attributes.values():
-            kind = type(value)
-            if kind in _PLAIN:
-                values.append(value)
-            elif kind is tuple or kind is list:
-                values.append(tuple(v for v in value if type(v) in _PLAIN))
-        config = attributes.get("config")
-        if config is not None and not any(config is seen for seen in configs):
-            configs.append(config)
-        for child in part._modules.values():
-            values.append(id(child))
-            if child is None or isinstance(child, Mask):
-                continue
-            values.append(len(child._forward_hooks) + len(child._forward_pre_hooks))
-            stack.append(child)
-    for config in configs:
-        fields = getattr(config, "__dict__", {})
-        values.extend(v for k, v in fields.items() if type(v) in _PLAIN and k not in _WRITTEN)
-    return tuple(values)
 
 
 def make_region(module: nn.Module, region: Region) -> None:

@@ -42,6 +42,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "torch.utils._sympy.functions": ("FloorDiv", "Max", "Min", "Mod", "PythonMod"),
     "torch.utils._sympy.printers": ("PythonPrinter",),
     "torch": ("is_autocast_cache_enabled", "set_autocast_cache_enabled", "_grouped_mm"),
+    "torch.nn.modules.module": ("_has_any_global_hook",),
     "torch.utils.checkpoint": ("_checkpoint_without_reentrant_generator", "CheckpointFunction"),
     "torch.utils._python_dispatch": ("_disable_current_modes",),
     "torch.overrides": ("TorchFunctionMode", "is_tensor_method_or_property"),
@@ -200,6 +201,11 @@ def autocast_state(device_types: tuple[str, ...]) -> tuple[Any, ...]:
         enabled = torch.is_autocast_enabled(kind)
         state.append((enabled, torch.get_autocast_dtype(kind) if enabled else None))
     return tuple(state)
+
+
+def has_global_hooks() -> bool:
+    """Whether any hook is registered on all modules at once."""
+    return bool(torch.nn.modules.module._has_any_global_hook())
 
 
 def in_backward() -> bool:
