@@ -33,8 +33,8 @@ class Matmul:
         bias: the get_attr node of the bias, None where there is none.
         out_dim: the dimension of the stored weight that runs along output features.
         parts: number of matrices the stored weight stacks along its first dimension.
-        kind: "linear", "addmm", "matmul", "einsum", "convolution", "attention", "grouped",
-            "recurrent".
+        kind: "linear", "addmm", "matmul", "einsum" (inner and tensordot too), "convolution",
+            "attention", "grouped", "recurrent".
     """
 
     node: fx.Node
@@ -49,6 +49,7 @@ class Matmul:
     parts: int = 1
 
 
+_CONTRACTIONS = (torch.einsum, torch.inner, torch.tensordot)
 _CHOOSING = (operator.getitem, "__getitem__", "index_select", torch.index_select)
 _SAME = ("to", "contiguous", "float", "half", "bfloat16", "type", "type_as")
 _SWAPS = ("t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute")
@@ -65,8 +66,8 @@ def _uses(node: fx.Node, shape_of: ParameterShape) -> Iterator[Matmul]:
     if node.target in SEVERAL_WEIGHTS or node.target in LISTED_WEIGHTS:
         yield from _several_uses(node, shape_of)
         return
-    if node.target in (torch.einsum, torch.functional.einsum):
-        yield from _einsum_uses(node, shape_of)
+    if node.target in _CONTRACTIONS:
+        yield from _contraction_uses(node, shape_of)
         return
     signature = SIGNATURES.get(node.target)
     if signature is None:
@@ -125,19 +126,16 @@ def _several_uses(node: fx.Node, shape_of: ParameterShape) -> Iterator[Matmul]:
             yield Matmul(node, weight, operand, kind, 0, None, None, mask, chain)
 
 
-def _einsum_uses(node: fx.Node, shape_of: ParameterShape) -> Iterator[Matmul]:
-    equation, *operands = node.args
+def _contraction_uses(node: fx.Node, shape_of: ParameterShape) -> Iterator[Matmul]:
+    operands = list(node.args[1:] if node.target is torch.einsum else node.args[:2])
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
-    if not isinstance(equation, str):
-        return
-    inputs, _, output = equation.replace(" ", "").partition("->")
-    for letters, operand in zip(inputs.split(","), operands, strict=False):
+    for place, operand in enumerate(operands):
         found = _weight(operand, shape_of)
         if found is None:
             continue
         weight, mask, chain = found
-        kept = [dim for dim, letter in enumerate(letters) if letter in output]
+        kept = _kept_dims(node, place, len(shape_of(str(weight.target)) or ()))
         others = [o for o in operands if isinstance(o, fx.Node) and o is not operand]
         yield Matmul(
             node=node,
@@ -149,6 +147,22 @@ def _einsum_uses(node: fx.Node, shape_of: ParameterShape) -> Iterator[Matmul]:
             mask=mask,
             chain=chain,
         )
+
+
+def _kept_dims(node: fx.Node, place: int, rank: int) -> list[int]:
+    """Dimensions of a contraction's operand that its output has too."""
+    if node.target is torch.inner:
+        return list(range(rank - 1))
+    if node.target is torch.tensordot:
+        dims: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("dims", 2)
+        if isinstance(dims, int):
+            dims = (range(rank - dims, rank), range(dims))
+        summed = {dim % rank for dim in dims[place]}
+        return [dim for dim in range(rank) if dim not in summed]
+    inputs, arrow, output = str(node.args[0]).replace(" ", "").partition("->")
+    if not arrow:  # letters that occur once are kept
+        output = [letter for letter in inputs if inputs.count(letter) == 1]
+    return [dim for dim, letter in enumerate(inputs.split(",")[place]) if letter in output]
 
 
 def _weight(
