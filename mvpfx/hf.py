@@ -18,6 +18,7 @@ from mvpfx.config import PruningConfig
 from mvpfx.distillation import Distillation, distillation_loss
 from mvpfx.penalty import penalty
 from mvpfx.pruning_callback import PruningCallback, separate_scores
+from mvpfx.scheduler import masks_of
 from mvpfx.state import find_state, mark_optimizer_built
 from mvpfx.swap import original_class
 from mvpfx.verified_trainer import VerifiedTrainer
@@ -32,6 +33,8 @@ class PruningTrainer(VerifiedTrainer):
     - The optimizer is the one that the arguments ask for, with a parameter group of its own for the
       scores. The learning-rate scheduler treats all groups alike, so warm-up and decay apply to
       `score_lr` too.
+    - Gradients of weights are clipped to `max_grad_norm` as without pruning, those of scores by
+      themselves; FSDP and DeepSpeed clip all of them together.
     - The masks move with every optimizer step; the schedule's fractions relate to all steps of the
       run. Logs and progress bar show the density.
     - In training, not in evaluation, the penalty of the criterion and what the teacher adds are
@@ -186,6 +189,30 @@ class PruningTrainer(VerifiedTrainer):
             return bool(known)
         name = original_class(self.trained).__name__
         return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip weights as without pruning, and scores by themselves; returns the weights' norm."""
+        scores, weights = self._grouped(model)
+        if not scores:
+            return super()._clip_grad_norm(model)
+        limit = self.args.max_grad_norm
+        norm = self.accelerator.clip_grad_norm_(weights, limit)
+        nn.utils.clip_grad_norm_(scores, limit)
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        scores, weights = self._grouped(model)
+        if grad_norm is None and scores:
+            grad_norm = self.accelerator.clip_grad_norm_(weights, float("inf"))
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _grouped(self, model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Scores and all else; no scores where an engine clips all that it shards as one."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return [], list(model.parameters())
+        scores = [p for mask in masks_of(model) for p in mask.parameters()]
+        known = {id(p) for p in scores}
+        return scores, [p for p in model.parameters() if id(p) not in known]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in `Trainer`, with the density, and the penalty where there is one."""
