@@ -173,6 +173,8 @@ def difference(found: Tensor | None, wanted: Tensor | None) -> float:
         return 0.0 if left is None or not left.any() else float("inf")
     if found.shape != wanted.shape or found.dtype != wanted.dtype:
         return float("inf")
+    if not wanted.numel():
+        return 0.0
     found, wanted = found.detach(), wanted.detach()
     apart = float((found - wanted).abs().max())
     scale = float(wanted.abs().max())
