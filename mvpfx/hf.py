@@ -122,7 +122,7 @@ class PruningTrainer(VerifiedTrainer):
         mark_optimizer_built(self.trained)
         # Callbacks may be made anew when a checkpoint is resumed; they are complete by now.
         bars = (c for c in self.callback_handler.callbacks if isinstance(c, ProgressCallback))
-        self.pruning.bars = list(bars)
+        self.pruning.bars, self.pruning.seals = list(bars), False
         return optimizer
 
     def compute_loss(

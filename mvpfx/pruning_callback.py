@@ -21,7 +21,7 @@ from transformers.trainer_callback import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import TrainingArguments
 
-from mvpfx.manifest import MANIFEST, Manifest, write_manifest
+from mvpfx.manifest import Manifest, write_manifest
 from mvpfx.mask import Mask
 from mvpfx.penalty import penalty
 from mvpfx.saved_config import save_config
@@ -43,12 +43,16 @@ class PruningCallback(TrainerCallback, ExportableState):
     Attributes:
         scheduler: of the run; None before the first.
         schedule: its state, as it is saved.
+        bars: progress bars that show the density.
+        seals: whether configuration and manifest are its business, not the Trainer's.
+        measured: the density that was counted last.
     """
 
     def __init__(self) -> None:
         self.scheduler: SparsityScheduler | None = None
         self.schedule: dict[str, int] | None = None
         self.bars: list[ProgressCallback] = []
+        self.seals = True
         self.measured: float | None = None
 
     def state(self) -> dict[str, Any]:
@@ -96,7 +100,7 @@ class PruningCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Put configuration and manifest into a checkpoint that another Trainer has written."""
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if args.should_save and folder.is_dir() and not (folder / MANIFEST).exists():
+        if self.seals and args.should_save and folder.is_dir():
             self.seal(folder, kwargs["model"], state.global_step, "callback")
 
     def seal(
