@@ -18,7 +18,7 @@ from mvpfx.mask_state import MaskState
 from mvpfx.ranking import Ranking
 from mvpfx.schedule import Schedule
 from mvpfx.site import Site
-from mvpfx.torch_private import is_fake, modes_off
+from mvpfx.torch_private import is_fake, modes_off, transforms_off
 
 
 class Mask(MaskState):
@@ -133,7 +133,7 @@ class Mask(MaskState):
         Raises:
             ValueError: if the scores, or the weights they come from, hold NaN.
         """
-        return self._current()[0]
+        return self.__dict__.get("_original", self)._current()[0]
 
     def mask(self) -> Tensor:
         """Which weights stay, bool, of the weight's shape.
@@ -141,7 +141,7 @@ class Mask(MaskState):
         Raises:
             ValueError: if the scores, or the weights they come from, hold NaN.
         """
-        return self._current()[1]
+        return self.__dict__.get("_original", self)._current()[1]
 
     @property
     def units(self) -> int:
@@ -163,7 +163,7 @@ class Mask(MaskState):
                 return traced_mask(weight, self.scores, self.handle)
             with modes_off():
                 return self.mask()
-        mask = self.mask()
+        mask = self.mask().to(weight.device)
         return None if self.density is not None and self.density >= 1 else mask
 
     @property
@@ -224,7 +224,7 @@ class Mask(MaskState):
         """Units and weights that stay, from the cache where nothing has changed."""
         key = self.ranking.state()
         if self._cache is None or self._cache[0] != key:
-            with torch.no_grad(), torch.inference_mode(False):
+            with torch.no_grad(), torch.inference_mode(False), transforms_off():
                 stored = self.stored()
                 if stored is not None:
                     self.check_finite(stored.detach())

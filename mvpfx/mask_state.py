@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mvpfx.distributed import is_sharded
 from mvpfx.mask_operator import register_source
-from mvpfx.torch_private import is_fake
+from mvpfx.torch_private import is_fake, untransformed
 
 
 class MaskState(nn.Module):
@@ -51,6 +51,8 @@ class MaskState(nn.Module):
         """The scores, or None; the ones with values where `torch.export` puts fakes in place."""
         # Read past nn.Module's __getattr__: every mask of a pool is asked in every forward.
         scores = self._parameters.get("scores", self._buffers.get("scores"))
+        if scores is not None and type(scores) is not nn.Parameter:
+            scores = untransformed(scores)
         if scores is not None and is_fake(scores) and torch.compiler.is_exporting():
             return self.__dict__["_last_stored"]
         self.__dict__["_last_stored"] = scores
@@ -87,6 +89,12 @@ class MaskState(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(move, recurse)
+
+    def _replicate_for_data_parallel(self) -> Self:
+        """A replica on another device: its scores are a copy, and the original decides."""
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__["_original"] = self
+        return replica
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to this very mask."""

@@ -16,7 +16,7 @@ from mvpfx.interception import Running, is_capturing
 from mvpfx.recorder import Recorder
 from mvpfx.recording import CaptureError, Recording
 from mvpfx.signature import signature
-from mvpfx.swap import original_class, runtime_of, set_runtime
+from mvpfx.swap import masked_names, original_class, runtime_of, set_runtime
 from mvpfx.torch_private import pytree
 from mvpfx.transformers_types import is_cache, is_checkpointed_block, is_idle_hook
 from mvpfx.variant import Variant
@@ -208,6 +208,9 @@ def _check_hooks(module: nn.Module) -> None:
             raise CaptureError(f"{name} has forward hooks")
         if name and (part._backward_hooks or part._backward_pre_hooks):
             raise CaptureError(f"{name} has backward hooks")
+        for parameter in masked_names(part):
+            if parameter not in part._parameters:
+                raise CaptureError(f"{name}.{parameter} is no parameter any more".lstrip("."))
         if name and "forward" in part.__dict__:
             raise CaptureError(f"{name} has a forward of its own instance")
 

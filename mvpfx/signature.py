@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mvpfx.mask import Mask
 from mvpfx.recording import CONSTANTS, CaptureError
-from mvpfx.torch_private import autocast_state, has_global_hooks, is_fake
+from mvpfx.torch_private import autocast_state, has_global_hooks, is_fake, transforms_active
 from mvpfx.transformers_types import collected_outputs, is_cache
 
 _CODE = (FunctionType, BuiltinFunctionType)
@@ -33,6 +33,10 @@ def signature(module: nn.Module, flat: list[Any], spec: Any) -> tuple[Any, ...]:
     """
     if has_global_hooks():
         raise CaptureError("hooks are registered on all modules")
+    if transforms_active():
+        raise CaptureError("a transform of torch.func is under way")
+    if "_is_replica" in module.__dict__:
+        raise CaptureError("it is a replica of nn.DataParallel")
     leaves: list[Any] = []
     devices = {"cpu"}
     for value in flat:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvpfx.granularity import Granularity, to_matrix
+from mvpfx.granularity import Granularity, from_matrix, to_matrix
+from mvpfx.torch_private import transforms_active
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -65,4 +66,23 @@ def apply_mask(
     """
     if scores is None or not torch.is_grad_enabled():
         return weight if mask is None else weight * mask
+    if not torch.compiler.is_compiling() and transforms_active():
+        return _as_plain_operations(weight, scores, mask, granularity, out_dim, parts)
     return _StraightThrough.apply(weight, scores, mask, granularity, out_dim, parts)  # pyright: ignore[reportReturnType]
+
+
+def _as_plain_operations(
+    weight: Tensor,
+    scores: Tensor,
+    mask: Tensor | None,
+    granularity: Granularity,
+    out_dim: int,
+    parts: int,
+) -> Tensor:
+    """The same with zeros that carry the gradient, which all transforms of torch.func understand;
+    slower and in need of more memory.
+    """
+    height, width = to_matrix(weight, out_dim, parts).shape
+    zeros = granularity.expand(scores - scores.detach(), height, width)
+    movement = from_matrix(zeros, weight.shape, out_dim, parts).to(weight.dtype) * weight.detach()
+    return (weight if mask is None else weight * mask) + movement

@@ -55,13 +55,13 @@ def swap_class(module: nn.Module, masked: tuple[str, ...] = (), region: bool = F
             f"{kind.__name__} was derived from a prepared {base.__name__} before all of its sites "
             "were known. Pass example_inputs= to mvpfx.prepare, and call it before fully_shard."
         )
-    masked = tuple(sorted({*masked, *_masked_names(type(module))}))
+    masked = tuple(sorted({*masked, *masked_names(module)}))
     region = region or _is_region_class(type(module))
     key = (base, masked, region)
     if key not in _classes:
         body: dict[str, Any] = {name: masked_property(name) for name in masked}
         body.update(
-            forward=_forward(base.forward),
+            forward=_forward(base.forward, masked),
             __module__=base.__module__,
             __qualname__=base.__qualname__,
             __doc__=base.__doc__,
@@ -74,8 +74,11 @@ def swap_class(module: nn.Module, masked: tuple[str, ...] = (), region: bool = F
     module.__class__ = _classes[key]
 
 
-def _forward(base_forward: Callable[..., Any]) -> Callable[..., Any]:
+def _forward(base_forward: Callable[..., Any], masked: tuple[str, ...]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for name in masked:
+            if name not in self._parameters and name not in self.__dict__:
+                raise ValueError(_lost(self, name))
         if torch.compiler.is_compiling():
             return base_forward(self, *args, **kwargs)
         runtime = runtime_of(self)
@@ -87,6 +90,16 @@ def _forward(base_forward: Callable[..., Any]) -> Callable[..., Any]:
     forward.__wrapped__ = base_forward  # pyright: ignore[reportFunctionMemberAccess]
     forward.__signature__ = inspect.signature(base_forward)  # pyright: ignore[reportFunctionMemberAccess]
     return forward
+
+
+def _lost(owner: nn.Module, name: str) -> str:
+    mask = find_mask(owner, name)
+    site = name if mask is None else cast("Any", mask).site.name
+    return (
+        f"{site} is masked, but is no parameter of its {original_class(owner).__name__} any more: "
+        "something was put in its place after mvpfx.prepare. Add parametrizations before preparing "
+        "the model."
+    )
 
 
 def swap_ancestors(model: nn.Module, owner: str) -> None:
@@ -119,7 +132,7 @@ def restore(model: nn.Module) -> None:
     """Give every module its original class back and take all masks out."""
     drop_runtimes(model)
     for module in list(model.modules()):
-        for name in _masked_names(type(module)):
+        for name in masked_names(module):
             module._modules.pop(f"{name}{MASK_SUFFIX}", None)
         module.__class__ = original_class(module)
         for name in [n for n in module.__dict__ if n.endswith(MASK_SUFFIX)]:
@@ -130,14 +143,28 @@ def restore(model: nn.Module) -> None:
 def masked_property(name: str) -> property:
     """An attribute that reads as the masked parameter `name` while a forward runs.
 
-    All else reads the parameter itself: initialisation, `get_parameter`, edits in place, FSDP
-    (which also reads sharded parameters just before a block's forward), and the recorder, whose
-    graphs have mask nodes. The modules around a masked parameter all count, so a matmul in
-    a parent's forward sees the mask too; one that is written outside of any forward does not.
+    The rule: what computes sees the masked weight, what handles the weight sees the parameter.
+    A thread computes from the start of the forward of any module that holds a masked parameter to
+    its end, and in a backward pass, where checkpointed code runs again; so a matmul in a parent's
+    forward sees the mask too. All else reads the parameter itself: initialisation, `get_parameter`,
+    edits in place, FSDP (which also reads sharded parameters just before a block's forward), and
+    the recorder, whose graphs have mask nodes.
+
+    Two things follow. A matmul that is written outside of any forward, `F.linear(x, layer.weight)`
+    in a training loop, is not masked: call the layer. And code inside a forward, its hooks
+    included, that writes to `layer.weight` writes to the masked copy: take `named_parameters()`.
+
+    A tensor that stands in for the parameter, as in the replicas of `nn.DataParallel`, is masked
+    like it.
     """
 
     def get(self: nn.Module) -> Tensor | None:
-        parameter = self._parameters[name]
+        if name in self._parameters:
+            parameter = self._parameters[name]
+        elif name in self.__dict__:
+            parameter = self.__dict__[name]
+        else:
+            raise AttributeError(f"{type(self).__name__} has no parameter {name}")
         mask = find_mask(self, name)
         if mask is None or parameter is None:
             return parameter
@@ -147,7 +174,13 @@ def masked_property(name: str) -> property:
             return parameter
         return mask(parameter)
 
-    return property(get)
+    def put(self: nn.Module, tensor: Tensor) -> None:
+        self.__dict__[name] = tensor
+
+    def delete(self: nn.Module) -> None:
+        del self.__dict__[name]
+
+    return property(get, put, delete)
 
 
 def find_mask(owner: nn.Module, name: str) -> nn.Module | None:
@@ -165,7 +198,9 @@ def original_class(module: nn.Module) -> Any:
     return type(module) if key is None else key[0]
 
 
-def _masked_names(kind: type) -> tuple[str, ...]:
+def masked_names(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of `module` itself that read as masked."""
+    kind = type(module)
     return getattr(kind, _CLASS_KEY, (None, (), False))[1]
 
 

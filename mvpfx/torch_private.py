@@ -23,16 +23,19 @@ import torch
 import torch.utils._pytree as pytree
 from sympy.core.symbol import Symbol
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as transforms_off
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._python_dispatch import _disable_current_modes as modes_off
 from torch.utils._sympy import functions as symbolic
 from torch.utils._sympy.printers import PythonPrinter
 
 REQUIRED: dict[str, tuple[str, ...]] = {
-    "torch._C": ("_set_grad_enabled", "_current_graph_task_id"),
+    "torch._C": ("_set_grad_enabled", "_current_graph_task_id", "_are_functorch_transforms_active"),
     "torch._C._nn": ("linear",),
     "torch._dispatch.python": ("enable_python_dispatcher",),
     "torch._dynamo.source": ("ConstantSource",),
@@ -42,6 +45,13 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "torch.utils._sympy.functions": ("FloorDiv", "Max", "Min", "Mod", "PythonMod"),
     "torch.utils._sympy.printers": ("PythonPrinter",),
     "torch": ("is_autocast_cache_enabled", "set_autocast_cache_enabled", "_grouped_mm"),
+    "torch._C._functorch": (
+        "get_unwrapped",
+        "is_batchedtensor",
+        "is_functorch_wrapped_tensor",
+    ),
+    "torch._functorch.pyfunctorch": ("temporarily_clear_interpreter_stack",),
+    "torch.autograd.forward_ad": ("_current_level",),
     "torch.nn.modules.module": ("_has_any_global_hook",),
     "torch.utils.checkpoint": ("_checkpoint_without_reentrant_generator", "CheckpointFunction"),
     "torch.utils._python_dispatch": ("_disable_current_modes",),
@@ -58,6 +68,7 @@ __all__ = [
     "pytree",
     "set_grad_enabled",
     "sympy",
+    "transforms_off",
 ]
 
 CHECKPOINT_GENERATOR = "_checkpoint_without_reentrant_generator"
@@ -206,6 +217,27 @@ def autocast_state(device_types: tuple[str, ...]) -> tuple[Any, ...]:
 def has_global_hooks() -> bool:
     """Whether any hook is registered on all modules at once."""
     return bool(torch.nn.modules.module._has_any_global_hook())
+
+
+def transforms_active() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp) or forward differentiation is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def untransformed(tensor: Tensor) -> Tensor:
+    """The tensor behind what torch.func transforms wrapped around it.
+
+    Raises:
+        ValueError: it stands for a batch of tensors.
+    """
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            raise ValueError(
+                "vmap maps over scores, but there is one mask for all of the batch. "
+                "Map over the weights alone: in_dims={..., '...scores': None}."
+            )
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def in_backward() -> bool:
