@@ -1,6 +1,6 @@
-"""README's table of results, made from the committed result files.
+"""README's tables, made from the committed result files.
 
-`python -m benchmarks.readme` writes it into README.md.
+`python -m benchmarks.readme` writes them into README.md.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import results_file
+from benchmarks import coverage_table, results_file
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN = "<!-- results: made by python -m benchmarks.readme -->"
@@ -59,19 +59,26 @@ def machine(result: dict[str, Any]) -> str:
     )
 
 
-def fill(readme: str, content: str) -> str:
+def fill(readme: str, content: str, begin: str = BEGIN, end: str = END) -> str:
     """`readme` with `content` between the markers."""
-    before, found_begin, rest = readme.partition(BEGIN)
-    _, found_end, after = rest.partition(END)
+    before, found_begin, rest = readme.partition(begin)
+    _, found_end, after = rest.partition(end)
     if not (found_begin and found_end):
-        raise ValueError(f"README.md lacks the markers {BEGIN!r} and {END!r}. Put them back")
-    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+        raise ValueError(f"README.md lacks the markers {begin!r} and {end!r}. Put them back")
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
+def render(readme: str, results: list[dict[str, Any]]) -> str:
+    """`readme` with all of its tables made anew."""
+    coverage = coverage_table.table(results)
+    filled = fill(readme, table(results))
+    return fill(filled, coverage, coverage_table.BEGIN, coverage_table.END)
 
 
 def main() -> None:
-    """Write the table into README.md."""
+    """Write the tables into README.md."""
     text = README.read_text(encoding="utf-8")
-    README.write_text(fill(text, table(results_file.read_all())), encoding="utf-8")
+    README.write_text(render(text, results_file.read_all()), encoding="utf-8")
 
 
 if __name__ == "__main__":

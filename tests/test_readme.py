@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import readme, results_file
+from benchmarks import coverage_table, readme, results_file
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,7 +33,7 @@ def test_the_two_commands_pin_versions() -> None:
 
 
 def test_the_results_are_those_of_the_result_files() -> None:
-    assert readme.fill(README, readme.table(results_file.read_all())) == README, (
+    assert readme.render(README, results_file.read_all()) == README, (
         "run python -m benchmarks.readme"
     )
 
@@ -68,3 +68,35 @@ def test_a_result_becomes_a_row() -> None:
     assert text.splitlines()[-1] == (
         "toy: 1 image on 1 thread(s) of P (I), torch 2, medians of interleaved runs.  "
     )
+
+
+def test_coverage_becomes_a_row_a_kind_and_a_line_a_miss() -> None:
+    model: dict[str, Any] = {
+        "name": "A",
+        "group": "kind",
+        "shapes": 4,
+        "shapes_equal": 4,
+        "largest_relative_difference": 1e-7,
+        "regions": {"captured": 1, "total": 2},
+        "sites": {"found": 3, "expected": 3},
+        "misses": {"block.0": ["it reads data"]},
+        "documented": {"a.b": "it is computed", "a.c": "it is computed"},
+    }
+    totals = {
+        "models": 1,
+        "shapes": 4,
+        "shapes_equal": 4,
+        "regions": {"captured": 1, "total": 2},
+        "sites": {"found": 3, "expected": 3},
+    }
+    results = [{"benchmark": "coverage", "models": [model], "totals": totals}]
+    lines = coverage_table.table(results).splitlines()
+    assert [line.replace(" ", "") for line in lines[2:4]] == [
+        "|kind|A|4/4|1e-07|1/2|3/3|",
+        "|all|1|4/4||1/2|3/3|",
+    ]
+    assert lines[5:] == [
+        "- A: 1 region not captured: it reads data.",
+        "- A: no site: `a.b`, `a.c`: it is computed.",
+    ]
+    assert coverage_table.table([]) == "No result file yet."
