@@ -60,9 +60,7 @@ def notes(models: list[dict[str, Any]]) -> list[str]:
         if reasons:
             count = len(model["misses"])
             regions = f"{count} region{'s' if count > 1 else ''}"
-            lines.append(
-                f"{model['name']}: {regions} not captured: {'; '.join(sorted(reasons))}."
-            )
+            lines.append(f"{model['name']}: {regions} not captured: {'; '.join(sorted(reasons))}.")
         for reason in sorted(set(model["documented"].values())):
             names = [name for name, why in model["documented"].items() if why == reason]
             lines.append(

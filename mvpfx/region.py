@@ -15,10 +15,11 @@ from torch import fx, nn
 from mvpfx.interception import Running, is_capturing
 from mvpfx.recorder import Recorder
 from mvpfx.recording import CaptureError, Recording
-from mvpfx.signature import signature
+from mvpfx.signature import Configuration, flatten, signature
+from mvpfx.sizes import UnknownSizeError
 from mvpfx.swap import masked_names, original_class, runtime_of, set_runtime
-from mvpfx.torch_private import pytree
-from mvpfx.transformers_types import is_cache, is_checkpointed_block, is_idle_hook
+from mvpfx.torch_private import GuardOnDataDependentSymNode
+from mvpfx.transformers_types import is_checkpointed_block, is_idle_hook
 from mvpfx.variant import Variant
 
 MOST_VARIANTS = 32
@@ -37,6 +38,7 @@ class Region:
         variants: captured graphs by call signature, or the reason there is none.
         declined: reasons why calls were not captured, and how many calls that was.
         calls: how many calls ran as a graph.
+        configuration: remembers what the module's forward may branch on.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Region:
     )
     declined: dict[str, int] = field(default_factory=dict[str, int])
     calls: int = 0
+    configuration: Configuration = field(default_factory=Configuration)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without variants: graphs hold the modules they came from."""
@@ -55,6 +58,7 @@ class Region:
             "variants": {},
             "declined": dict(self.declined),
             "calls": 0,
+            "configuration": Configuration(),
         }
 
     def call(
@@ -67,9 +71,9 @@ class Region:
         """Run one call of the region: as a graph, or where it cannot be one, by `forward`."""
         if is_capturing():
             return forward(module, *args, **kwargs)
-        flat, spec = pytree.tree_flatten((args, kwargs), is_leaf=is_cache)
+        flat, spec = flatten(args, kwargs)
         try:
-            key = signature(module, flat, spec)
+            key = signature(module, flat, spec, self.configuration)
             variant = _find(module, self, key, flat, (args, kwargs), forward)
         except CaptureError as reason:
             variant = str(reason)
@@ -196,6 +200,10 @@ def _record(
         return Recorder(module, forward).record(*call)
     except CaptureError:
         raise
+    except UnknownSizeError as error:
+        raise CaptureError(str(error)) from error
+    except GuardOnDataDependentSymNode as error:
+        raise CaptureError("its control flow depends on data") from error
     except Exception as error:
         first_line = str(error).partition("\n")[0]
         raise CaptureError(f"{type(error).__name__}: {first_line}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter, methodcaller
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -10,7 +11,13 @@ from torch import Tensor, nn
 
 from mvpfx.mask import Mask
 from mvpfx.recording import CONSTANTS, CaptureError
-from mvpfx.torch_private import autocast_state, has_global_hooks, is_fake, transforms_active
+from mvpfx.torch_private import (
+    autocast_state,
+    has_global_hooks,
+    is_fake,
+    pytree,
+    transforms_active,
+)
 from mvpfx.transformers_types import collected_outputs, is_cache
 
 _CODE = (FunctionType, BuiltinFunctionType)
@@ -20,13 +27,41 @@ _WRITTEN = frozenset(("problem_type",))
 """Config entries that task heads write at their first call, and blocks do not read."""
 
 
-def signature(module: nn.Module, flat: list[Any], spec: Any) -> tuple[Any, ...]:
+_LEAVES = frozenset((Tensor, nn.Parameter, type(None), bool, int, float, str))
+
+
+def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """The leaves of a call's arguments in the order of torch's pytree, and how they were nested.
+
+    Leaves and tuples of leaves, which is all that most blocks are called with, need no tree.
+
+    >>> flatten((1, (2.0, "a")), {"scale": None})[0]
+    [1, 2.0, 'a', None]
+    """
+    flat: list[Any] = []
+    tuples: list[tuple[int, int]] = []
+    for value in (*args, *kwargs.values()):
+        kind = type(value)
+        if kind in _LEAVES or is_cache(value):
+            flat.append(value)
+        elif kind is tuple and all(type(leaf) in _LEAVES for leaf in value):
+            tuples.append((len(flat), len(value)))
+            flat.extend(value)
+        else:
+            return pytree.tree_flatten((args, kwargs), is_leaf=is_cache)
+    return flat, (len(args), tuple(kwargs), tuple(tuples))
+
+
+def signature(
+    module: nn.Module, flat: list[Any], spec: Any, configuration: Configuration
+) -> tuple[Any, ...]:
     """What a captured graph depends on besides sizes; calls of equal signatures share graphs.
 
     Args:
         module: the region that is called.
         flat: its arguments, flattened.
         spec: how they were nested.
+        configuration: remembers the configuration of `module`.
 
     Raises:
         CaptureError: no graph can stand for the call.
@@ -60,40 +95,92 @@ def signature(module: nn.Module, flat: list[Any], spec: Any) -> tuple[Any, ...]:
         torch.is_inference_mode_enabled(),
         autocast_state(tuple(sorted(devices))),
         collected_outputs(),
-        _configuration(module),
+        configuration.number(module),
         tuple(leaves),
     )
 
 
-def _configuration(module: nn.Module) -> tuple[Any, ...]:
-    """All that a forward may branch on besides its arguments: the modules there are, their plain
-    attributes, and those of their configs. Leaves count too, although they are called live: BERT
-    hands the rate of a dropout layer to its attention function.
+class Configuration:
+    """All that the forward of one region may branch on besides its arguments.
+
+    That is the modules there are, their plain attributes, and those of their configs. Leaves count
+    too, although they are called live: BERT hands the rate of a dropout layer to its attention
+    function. What was looked at is remembered: while each dictionary holds what it held, which is
+    quick to tell, the answer stays what it was.
     """
-    values: list[Any] = []
-    configs: list[Any] = []
-    stack = [module]
-    while stack:
-        part = stack.pop()
-        attributes = part.__dict__
-        values.append(type(part))
-        for value in attributes.values():
-            kind = type(value)
-            if kind in _PLAIN:
-                values.append(value)
-            elif kind is tuple or kind is list:
-                values.append(tuple(v for v in value if type(v) in _PLAIN))
-        config = attributes.get("config")
-        if config is not None and not any(config is seen for seen in configs):
-            configs.append(config)
-        for child in part._modules.values():
-            values.append(id(child))
-            if child is None or isinstance(child, Mask):
-                continue
-            values.append(len(child._forward_hooks) + len(child._forward_pre_hooks))
-            values.append(len(child._backward_hooks) + len(child._backward_pre_hooks))
-            stack.append(child)
-    for config in configs:
-        fields = getattr(config, "__dict__", {})
-        values.extend(v for k, v in fields.items() if type(v) in _PLAIN and k not in _WRITTEN)
-    return tuple(values)
+
+    def __init__(self) -> None:
+        self._current = -1
+        self._numbers: dict[tuple[Any, ...], int] = {}
+        self._parts: list[nn.Module] = []
+        self._types: list[type] = []
+        self._dictionaries: list[dict[str, Any]] = []
+        self._values: list[tuple[Any, ...]] = []
+        self._sequences: list[Any] = []
+        self._contents: list[tuple[Any, ...]] = []
+        self._hooks: list[Any] = []
+        self._counts: list[int] = []
+
+    def number(self, module: nn.Module) -> int:
+        """A number that stands for all of it: equal when everything is what it was.
+
+        Args:
+            module: the region, always the same one.
+        """
+        if self._current < 0 or not self._holds():
+            self._look(module)
+        return self._current
+
+    def _holds(self) -> bool:
+        try:
+            return (
+                list(map(len, self._hooks)) == self._counts
+                and list(map(type, self._parts)) == self._types
+                and list(map(tuple, map(_values_of, self._dictionaries))) == self._values
+                and list(map(tuple, self._sequences)) == self._contents
+            )
+        except (RuntimeError, TypeError, ValueError):  # a tensor was replaced: == is no bool
+            return False
+
+    def _look(self, module: nn.Module) -> None:
+        key: list[Any] = []
+        parts: list[nn.Module] = []
+        configs: list[Any] = []
+        stack = [module]
+        while stack:
+            part = stack.pop()
+            parts.append(part)
+            key.append(type(part))
+            for value in part.__dict__.values():
+                if type(value) in _PLAIN:
+                    key.append(value)
+                elif type(value) in _SEQUENCES:
+                    key.append(tuple(v for v in value if type(v) in _PLAIN))
+            config = part.__dict__.get("config")
+            if hasattr(config, "__dict__") and not any(config is seen for seen in configs):
+                configs.append(config)
+            for child in part._modules.values():
+                key.append(id(child))
+                if child is not None and not isinstance(child, Mask):
+                    key.extend(len(hooks) for hooks in _hooks_of(child))
+                    stack.append(child)
+        for config in configs:
+            fields = vars(config).items()
+            key.extend(v for k, v in fields if type(v) in _PLAIN and k not in _WRITTEN)
+        self._current = self._numbers.setdefault(tuple(key), len(self._numbers))
+        self._parts, self._types = parts, list(map(type, parts))
+        held = [part.__dict__ for part in parts]
+        self._sequences = [v for d in held for v in d.values() if type(v) in _SEQUENCES]
+        self._contents = list(map(tuple, self._sequences))
+        self._hooks = [hooks for part in parts[1:] for hooks in _hooks_of(part)]
+        self._counts = list(map(len, self._hooks))
+        inner = [part._modules for part in parts if part._modules]
+        self._dictionaries = [*held, *inner, *map(vars, configs)]
+        self._values = list(map(tuple, map(_values_of, self._dictionaries)))
+
+
+_SEQUENCES = (tuple, list)
+_values_of = methodcaller("values")
+_hooks_of = attrgetter(
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+)

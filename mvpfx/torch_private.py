@@ -29,7 +29,12 @@ from torch._dynamo.source import ConstantSource
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as transforms_off
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 from torch.utils._python_dispatch import _disable_current_modes as modes_off
 from torch.utils._sympy import functions as symbolic
 from torch.utils._sympy.printers import PythonPrinter
@@ -40,7 +45,12 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "torch._dispatch.python": ("enable_python_dispatcher",),
     "torch._dynamo.source": ("ConstantSource",),
     "torch._subclasses.fake_tensor": ("FakeTensor", "FakeTensorMode"),
-    "torch.fx.experimental.symbolic_shapes": ("DimDynamic", "ShapeEnv", "StatelessSymbolicContext"),
+    "torch.fx.experimental.symbolic_shapes": (
+        "DimDynamic",
+        "GuardOnDataDependentSymNode",
+        "ShapeEnv",
+        "StatelessSymbolicContext",
+    ),
     "torch.utils._pytree": ("tree_flatten", "tree_leaves", "tree_unflatten"),
     "torch.utils._sympy.functions": ("FloorDiv", "Max", "Min", "Mod", "PythonMod"),
     "torch.utils._sympy.printers": ("PythonPrinter",),
@@ -60,6 +70,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 
 __all__ = [
     "FakeTensor",
+    "GuardOnDataDependentSymNode",
     "Symbol",
     "SymbolicShapes",
     "expression_operator",

@@ -39,6 +39,7 @@ class Variant:
         self.graph = graph
         self.check: Check = size_check(recording)
         self._leaves = recording.leaves
+        self._modules = tuple(module.modules())  # signatures name modules by id: none may be reused
         self._out_spec = recording.out_spec
         self.function, self._slots = _generate(module, graph)
         self._changes_grad_mode = any(n.target is set_grad_enabled for n in graph.nodes)

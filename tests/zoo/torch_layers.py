@@ -179,7 +179,7 @@ ENTRIES = (
         "torch",
         DataDependent,
         activations,
-        fallback="Could not guard on data-dependent expression",
+        fallback="its control flow depends on data",
     ),
     Entry("tied weights", "torch", Tied, _tokens),
     Entry("shared and called twice", "torch", SharedLayers, activations),
