@@ -11,9 +11,10 @@ from mvpfx.api import convert, graphs, prepare
 from mvpfx.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from mvpfx.config import PruningConfig
 from mvpfx.distillation import Distillation, distillation_loss
+from mvpfx.explanation import explain
 from mvpfx.optim import parameter_groups
 from mvpfx.penalty import penalty
-from mvpfx.report import Report, explain, sparsity_table
+from mvpfx.report import Report, sparsity_table
 from mvpfx.saved_config import pruning_config
 from mvpfx.schedule import ConstantSchedule, CubicSchedule, LinearSchedule
 from mvpfx.scheduler import SparsityScheduler

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from mvpfx.adapters import adapted_model, is_adapter, without_adapters
 from mvpfx.comparison import compare_models
 from mvpfx.config import PruningConfig, Rule
 from mvpfx.distributed import check_whole
@@ -54,7 +55,8 @@ def prepare(
 
     Args:
         model: any module. In a transformers model the matmuls inside the base model's repeated
-            blocks become sites, in any other every weight that feeds a matmul.
+            blocks become sites, in any other every weight that feeds a matmul. Of a `PeftModel`
+            it is the model inside; adapters are left alone.
         config: what to prune and how; `PruningConfig()` where it is None.
         example_inputs: one batch (a tensor, a tuple, or a dict of keyword arguments). Needed to
             find functional matmuls on parameters before the optimizer is built.
@@ -68,6 +70,7 @@ def prepare(
             or the example inputs do not fit.
     """
     config = PruningConfig() if config is None else config
+    whole, model = model, adapted_model(model)
     kind = original_class(model).__name__
     if find_state(model) is not None:
         raise ValueError(
@@ -91,7 +94,7 @@ def prepare(
     attach_state(model, state)
     _install(model, program, state, lazy=example_inputs is None)
     state.graphs = {n: graph for n, graph in program.graphs.items() if n in state.regions}
-    return model
+    return whole
 
 
 def convert(model: nn.Module, *, example_inputs: Any = None, lowering: str = "auto") -> nn.Module:
@@ -242,9 +245,12 @@ def rewrite_region(module: nn.Module, region: Region, graph: fx.Graph) -> fx.Gra
     program = Program(module, graphs={"": graph}, regions=[""])
     state: State = region.state
     assert state.config is not None
+    seen = {without_adapters(name) for name in state.seen}
     for site in graph_sites(program, "", graph):
         names = {full_name(region.name, name) for name in (site.name, *site.aliases)}
-        if names & state.seen or not state.default_everywhere:
+        if seen & set(map(without_adapters, names)) or not state.default_everywhere:
+            continue
+        if is_adapter(module, site.module_name):
             continue
         named = replace(site, name=full_name(region.name, site.name), aliases=())
         rule = _late_rule(state, named)

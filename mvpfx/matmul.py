@@ -221,22 +221,3 @@ def token_count(use: Matmul) -> int | None:
     if not isinstance(value, Tensor) or use.kind == "convolution":
         return None
     return math.prod(size_hint(size) for size in value.shape[:-1])
-
-
-def redirect(graph: fx.Graph, use: Matmul, mask: fx.Node) -> None:
-    """Make one matmul read its weight through `mask`; other users of it keep the raw one."""
-    source: fx.Node = mask
-    if all(len(link.users) == 1 for link in use.chain) and use.chain:
-        use.chain[0].replace_input_with(use.weight, mask)
-        return
-    for link in use.chain:
-        before = link.all_input_nodes[0]
-        with graph.inserting_before(use.node):
-            copied = graph.node_copy(link, _replacer(before, source))
-        copied.meta = dict(link.meta)
-        source = copied
-    use.node.replace_input_with(use.operand, source)
-
-
-def _replacer(old: fx.Node, new: fx.Node) -> Callable[[fx.Node], fx.Node]:
-    return lambda node: new if node is old else node

@@ -24,6 +24,9 @@ from mvpfx.variant import Variant
 
 MOST_VARIANTS = 32
 
+NOT_CALLED = "no graph: it was not called yet"
+"""Why a region of a prepared model has no graph, until it is called."""
+
 Rewrite = Callable[[nn.Module, "Region", fx.Graph], fx.Graph]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from mvpfx.comparison import Comparison
 from mvpfx.pipeline import Decision, Record
 from mvpfx.program import Program
-from mvpfx.region import region_of
 from mvpfx.scheduler import refresh_weights
 from mvpfx.site import Site
 from mvpfx.state import State, inner_model, state_of
@@ -152,35 +151,6 @@ def sparsity_table(model: nn.Module) -> str:
     return _prepared_table(inner_model(model), state)
 
 
-def explain(model: nn.Module) -> str:
-    """Return every decision made for a prepared or converted model, by site, with its reason.
-
-    `+` marks what was done, `-` what was declined.
-
-    Raises:
-        ValueError: the model is neither prepared nor converted.
-    """
-    state, model = state_of(model), inner_model(model)
-    report = state.report
-    decisions = report.decisions if report is not None else _decisions(state.records)
-    lines = [decisions_text([*decisions, *state.late, *_declined_calls(model, state)])]
-    if report is not None:
-        lines += _outcome(report)
-    return "\n".join(line for line in lines if line)
-
-
-def decisions_text(decisions: Iterable[Decision]) -> str:
-    """Return decisions as text, grouped by site in the order sites first appear."""
-    by_site: dict[str, list[Decision]] = {}
-    for decision in decisions:
-        by_site.setdefault(decision.site, []).append(decision)
-    lines: list[str] = []
-    for site, group in by_site.items():
-        lines.append(site or "(model)")
-        lines += [f"  {'+' if d.applied else '-'} {d.action}: {d.reason}" for d in group]
-    return "\n".join(lines)
-
-
 def converted_table(rows: Sequence[Row]) -> str:
     """Return the table of a converted model."""
     timed = any(row.before_ms is not None for row in rows)
@@ -227,30 +197,6 @@ def _targets(mask: Any) -> list[str]:
     if mask.density is None:
         return [f"tau {mask.threshold:.4f}", f"tau {mask.rule.threshold:.4f}"]
     return [f"{mask.density:.4f}", f"{mask.rule.density:.4f}"]
-
-
-def _outcome(report: Report) -> list[str]:
-    lines: list[str] = []
-    if report.rows and all(r.bytes_after >= r.bytes_before for r in report.rows):
-        lines.append("Nothing was gained: no site became smaller.")
-    if report.max_difference is not None:
-        lines.append(f"Largest output difference, masked vs converted: {report.max_difference:.2e}")
-    if report.latency_before_ms is not None and report.latency_after_ms is not None:
-        before, after = report.latency_before_ms, report.latency_after_ms
-        lines.append(f"Latency: {before:.2f} ms -> {after:.2f} ms ({before / after:.2f}x)")
-    return lines
-
-
-def _declined_calls(model: nn.Module, state: State) -> Iterator[Decision]:
-    """Calls of regions that ran the module's own forward instead of a graph."""
-    for name in state.regions:
-        region = region_of(model.get_submodule(name))
-        for reason, calls in (region.declined if region is not None else {}).items():
-            yield Decision(name, "capture", False, f"{reason} ({calls} calls ran its own forward)")
-
-
-def _decisions(records: Iterable[Record]) -> list[Decision]:
-    return [decision for record in records for decision in record.decisions]
 
 
 def site_parts(site: Site, values: Tensor) -> list[tuple[str, Tensor]]:

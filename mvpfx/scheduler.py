@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from mvpfx.adapters import warn_of_frozen_scores
 from mvpfx.checks import as_count
 from mvpfx.mask import Mask
 from mvpfx.ranking import rank_together
@@ -45,6 +46,7 @@ class SparsityScheduler:
                 "are functional, with example_inputs=."
             )
         mark_optimizer_built(model)
+        warn_of_frozen_scores(model, self._masks)
         rank_together(self._masks)
         self._move()
 

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
+from mvpfx.adapters import adapted_model, adds_to_inputs
+from mvpfx.site_names import refresh_names
+
 if TYPE_CHECKING:
     from mvpfx.config import PruningConfig
     from mvpfx.pipeline import Decision, Record
@@ -80,24 +83,32 @@ def find_state(model: nn.Module) -> State | None:
 
 
 def inner_model(model: nn.Module) -> nn.Module:
-    """The prepared or converted module inside a wrapper such as DDP; `model` itself if none is."""
-    return next((part for part in model.modules() if _KEY in part.__dict__), model)
+    """The prepared or converted module inside a wrapper such as DDP; `model` itself if none is.
+
+    Sites and regions of a prepared one get the names they have in it now.
+    """
+    inner = next((part for part in model.modules() if _KEY in part.__dict__), model)
+    state: State | None = inner.__dict__.get(_KEY)
+    if state is not None and state.report is None:
+        refresh_names(inner, state)
+    return inner
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """`model` without what wraps it for training: DDP, an average of models, a compiler.
+    """`model` without what wraps it for training: DDP, an average of models, a compiler, PEFT.
 
     Raises:
         ValueError: a wrapper of another kind, which may compute something else.
     """
     inner = inner_model(model)
     wrapped = [model.__dict__.get("_modules", {}).get(name) for name in ("module", "_orig_mod")]
-    if inner is model or inner in wrapped:
+    if inner in (model, *wrapped):
+        return inner
+    if inner is adapted_model(model) and not adds_to_inputs(model):
         return inner
     raise ValueError(
         f"{type(model).__name__} holds a prepared {type(inner).__name__} and may compute more than "
-        "it. Convert the prepared model itself, after merging what the wrapper adds "
-        "(merge_and_unload of PEFT)."
+        "it. Convert the prepared model itself."
     )
 
 

@@ -16,7 +16,7 @@ from mvpfx.matmul import find_matmuls, token_count
 from mvpfx.pipeline import Decision, Pass
 from mvpfx.program import Program, full_name
 from mvpfx.recording import CaptureError
-from mvpfx.region import capture_graph, region_modules
+from mvpfx.region import NOT_CALLED, capture_graph, region_modules
 from mvpfx.weights import parameter_names, weight_owners
 
 
@@ -66,7 +66,7 @@ def captured(program: Program) -> str | None:
 def _reuse(program: Program, regions: dict[str, nn.Module]) -> Iterator[Decision]:
     for name in regions:
         known = name in program.graphs
-        reason = "the graph of an earlier call" if known else "no graph: it was not called yet"
+        reason = "the graph of an earlier call" if known else NOT_CALLED
         yield Decision(name, "capture", known, reason)
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from mvpfx.adapters import is_adapter
 from mvpfx.config import PruningConfig
 from mvpfx.facts import fact
 from mvpfx.mask import Mask
@@ -113,25 +114,29 @@ def _tied_to(candidates: dict[str, Site], site: Site) -> Site | None:
 
 def _defaults(program: Program, candidates: dict[str, Site]) -> list[str]:
     """In a transformers model the sites inside the base model's blocks, without the routers of
-    mixtures of experts; else all of them.
+    mixtures of experts; else all of them. Adapters are never among them.
     """
-    if not is_pretrained(program.model):
-        return list(candidates)
-    base = base_model_name(program.model)
-    blocks = [b for b in block_names(program.model) if not base or b.startswith(f"{base}.")]
+    model = program.model
+    own = [n for n, site in candidates.items() if not is_adapter(model, site.module_name)]
+    if not is_pretrained(model):
+        return own
+    base = base_model_name(model)
+    blocks = [b for b in block_names(model) if not base or b.startswith(f"{base}.")]
     inside = [
         name
-        for name, site in candidates.items()
+        for name in own
         if any(name.startswith(f"{block}.") for block in blocks)
-        and not is_router(program.model.get_submodule(site.module_name))
+        and not is_router(model.get_submodule(candidates[name].module_name))
     ]
-    return inside or list(candidates)
+    return inside or own
 
 
 def _reason(program: Program, site: Site, defaults: list[str]) -> str:
     """Why a candidate is no site."""
     if site.name in defaults:
         return "an override leaves it alone"
+    if is_adapter(program.model, site.module_name):
+        return "it belongs to an adapter, which adds to what the masked weight computes"
     if is_router(program.model.get_submodule(site.module_name)):
         return "it routes to experts"
     return "outside the repeated blocks of the base model"

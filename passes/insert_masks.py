@@ -1,4 +1,4 @@
-"""Insert masks: one mask a site, and one mask node before each matmul that reads the site."""
+"""Insert masks: one mask a site, and one mask node before all that computes with the site."""
 
 from __future__ import annotations
 
@@ -6,23 +6,30 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
-from mvpfx.facts import fact
+from mvpfx.facts import fact, is_mask_node
 from mvpfx.mask import Mask
-from mvpfx.matmul import Matmul, find_matmuls, redirect
 from mvpfx.pipeline import Decision, Pass
 from mvpfx.program import Program, full_name, parent_name
 from mvpfx.swap import MASK_SUFFIX, find_mask
 from mvpfx.weights import parameter_names
+
+Read = tuple[fx.Node, list[fx.Node]]
+"""The node that reads a parameter, and those that use what it reads."""
+
+_LOOKUPS = (F.embedding, F.embedding_bag, torch.embedding, torch.embedding_bag)
 
 
 @dataclass(frozen=True)
 class InsertMasks(Pass):
     """Make the masks that are missing, then let every matmul read its weight through them.
 
-    Only the chain that ends in a matmul is redirected: an embedding lookup of a tied weight keeps
-    the raw one. A weight used twice gets one mask node with two uses.
+    So does all else that computes with the weight, as the norm that DoRA divides by, for a forward
+    that runs without graph reads it masked too. An embedding lookup of a tied weight keeps the raw
+    one. A weight used twice gets one mask node with two uses.
     """
 
     name: ClassVar[str] = "insert_masks"
@@ -39,16 +46,16 @@ class InsertMasks(Pass):
                 program.modules[mask_name(name)] = Mask(site, weight, rule)
                 yield Decision(name, "insert mask", True, "scores added")
         for region, graph in program.graphs.items():
-            for use in unmasked(program, region, graph):
-                _insert(graph, use, _target(program, region, use))
+            for read in list(unmasked(program, region, graph)):
+                _insert(graph, read, _target(program, region, str(read[0].target)))
 
 
 @fact("masked")
 def masked(program: Program) -> str | None:
-    """Every matmul on a site reads it through its mask."""
+    """Whatever computes with a site reads it through its mask."""
     for region, graph in program.graphs.items():
-        for use in unmasked(program, region, graph):
-            return f"{use.node.name} in region {region!r} reads {use.weight.target} without mask"
+        for weight, users in unmasked(program, region, graph):
+            return f"{users[0].name} in region {region!r} reads {weight.target} without mask"
     return None
 
 
@@ -70,26 +77,31 @@ def mask_of(program: Program, parameter_name: str) -> nn.Module | None:
     return find_mask(owner, parameter_name.rpartition(".")[2]) if owner is not None else None
 
 
-def unmasked(program: Program, region: str, graph: fx.Graph) -> list[Matmul]:
-    """The uses of masked parameters in one graph that read the raw parameter."""
+def unmasked(program: Program, region: str, graph: fx.Graph) -> Iterator[Read]:
+    """The reads of masked parameters in one graph that see the raw parameter, with the nodes that
+    do. Looking rows up, as an embedding does, is the one use that stays raw.
+    """
     known = parameter_names(program.model)
-
-    def has_mask(use: Matmul) -> bool:
-        names = known[full_name(region, use.weight.target)]
-        return any(mask_of(program, name) is not None for name in names)
-
-    return [
-        u
-        for u in find_matmuls(graph, program.weight_shapes(region))
-        if u.mask is None and has_mask(u)
-    ]
+    for node in graph.find_nodes(op="get_attr"):
+        names = known.get(full_name(region, node.target), ())
+        if any(mask_of(program, name) is not None for name in names):
+            users = [user for user in node.users if not (is_mask_node(user) or _looks_up(user))]
+            if users:
+                yield node, users
 
 
-def _target(program: Program, region: str, use: Matmul) -> str:
+def _looks_up(user: fx.Node) -> bool:
+    """Whether a parameter is read by `user` only to look rows up, directly or in another form."""
+    if user.target in _LOOKUPS:
+        return True
+    form = user.op in ("call_function", "call_method") and len(user.all_input_nodes) == 1
+    return form and bool(user.users) and all(_looks_up(later) for later in user.users)
+
+
+def _target(program: Program, region: str, read: str) -> str:
     """Where the mask is found from inside the region: at the name it is registered under, if that
     lies inside, else at the (tied) name the graph reads.
     """
-    read = str(use.weight.target)
     prefix = f"{region}." if region else ""
     for name in parameter_names(program.model)[full_name(region, read)]:
         if name.startswith(prefix) and program.module(mask_name(name)) is not None:
@@ -97,10 +109,12 @@ def _target(program: Program, region: str, use: Matmul) -> str:
     return mask_name(read)
 
 
-def _insert(graph: fx.Graph, use: Matmul, target: str) -> None:
-    mask = next((n for n in use.weight.users if n.op == "call_module" and n.target == target), None)
+def _insert(graph: fx.Graph, read: Read, target: str) -> None:
+    weight, users = read
+    mask = next((n for n in weight.users if n.op == "call_module" and n.target == target), None)
     if mask is None:
-        with graph.inserting_after(use.weight):
-            mask = graph.call_module(target, (use.weight,))
-        mask.meta = dict(use.weight.meta)
-    redirect(graph, use, mask)
+        with graph.inserting_after(weight):
+            mask = graph.call_module(target, (weight,))
+        mask.meta = dict(weight.meta)
+    for user in users:
+        user.replace_input_with(weight, mask)

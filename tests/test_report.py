@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import mvpfx
+from mvpfx.explanation import decisions_text
 from mvpfx.pipeline import Decision
-from mvpfx.report import Row, converted_table, decisions_text
+from mvpfx.report import Row, converted_table
 from tests.graphs import mlp, zero_
 
 X = torch.linspace(-2, 2, 20).view(5, 4)

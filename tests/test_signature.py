@@ -28,6 +28,10 @@ def outer() -> Any:
     return nn.Sequential(Inner(), nn.Dropout(0.1))
 
 
+def nothing(*_: object) -> None:
+    """A hook."""
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "an attribute": lambda m: setattr(m[0], "scale", 3.0),
     "a new attribute": lambda m: setattr(m[0], "flag", True),
@@ -39,8 +43,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "another child": lambda m: setattr(m[0], "linear", nn.Linear(2, 2)),
     "a new child": lambda m: m.append(nn.ReLU()),
     "another class": lambda m: setattr(m[1], "__class__", nn.AlphaDropout),
-    "a forward hook": lambda m: m[0].linear.register_forward_hook(lambda *_: None),
-    "a backward hook": lambda m: m[0].linear.register_full_backward_hook(lambda *_: None),
+    "a forward hook": lambda m: m[0].linear.register_forward_hook(nothing),
+    "a backward hook": lambda m: m[0].linear.register_full_backward_hook(nothing),
 }
 
 
@@ -60,7 +64,7 @@ def test_what_was_before_is_known_again() -> None:
     assert configuration.number(model) != before
     model.train()
     assert configuration.number(model) == before
-    handle = model[0].linear.register_forward_hook(lambda *_: None)
+    handle = model[0].linear.register_forward_hook(nothing)
     assert configuration.number(model) != before
     handle.remove()
     assert configuration.number(model) == before

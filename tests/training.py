@@ -13,7 +13,7 @@ import mvpfx
 from mvpfx.granularity import to_matrix
 from mvpfx.mask import Mask
 from mvpfx.region import region_of
-from mvpfx.state import state_of
+from mvpfx.state import inner_model, state_of
 from tests.zoo import ZOO
 from tests.zoo.entry import Batch, loss, output
 
@@ -114,8 +114,8 @@ def assert_same_gradients(prepared: Any, raw: Any) -> None:
 
 def regions(model: nn.Module) -> list[Any]:
     """The regions of a prepared model."""
-    inner = [region_of(model.get_submodule(name)) for name in state_of(model).regions]
-    return [region for region in inner if region is not None]
+    found = [region_of(inner_model(model).get_submodule(n)) for n in state_of(model).regions]
+    return [region for region in found if region is not None]
 
 
 def reasons(model: nn.Module) -> set[str]:

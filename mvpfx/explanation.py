@@ -1,0 +1,78 @@
+"""Every decision made for a model, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from mvpfx.pipeline import Decision
+from mvpfx.region import NOT_CALLED, region_of
+from mvpfx.report import Report
+from mvpfx.state import State, inner_model, state_of
+
+
+def explain(model: nn.Module) -> str:
+    """Return every decision made for a prepared or converted model, by site, with its reason.
+
+    `+` marks what was done, `-` what was declined.
+
+    Raises:
+        ValueError: the model is neither prepared nor converted.
+    """
+    state, model = state_of(model), inner_model(model)
+    report = state.report
+    if report is not None:
+        decisions = list(report.decisions)
+    else:
+        made = [decision for record in state.records for decision in record.decisions]
+        decisions = [decision for decision in made if decision.reason != NOT_CALLED]
+    lines = [decisions_text([*_calls(model, state), *decisions, *state.late])]
+    if report is not None:
+        lines += _outcome(report)
+    return "\n".join(line for line in lines if line)
+
+
+def decisions_text(decisions: Iterable[Decision]) -> str:
+    """Return decisions as text, grouped by site in the order sites first appear."""
+    by_site: dict[str, list[Decision]] = {}
+    for decision in decisions:
+        by_site.setdefault(decision.site, []).append(decision)
+    lines: list[str] = []
+    for site, group in by_site.items():
+        lines.append(site or "(model)")
+        lines += [f"  {'+' if d.applied else '-'} {d.action}: {d.reason}" for d in group]
+    return "\n".join(lines)
+
+
+def _calls(model: nn.Module, state: State) -> Iterator[Decision]:
+    """What became of the calls of a prepared model's regions: graphs, or the own forward."""
+    for name in state.regions:
+        region = region_of(model.get_submodule(name))
+        if region is None:
+            continue
+        if region.calls:
+            graphs = len(region.graphs())
+            reason = f"{_count(region.calls, 'call')} ran as {_count(graphs, 'graph')}"
+            yield Decision(name, "capture", True, reason)
+        for reason, calls in region.declined.items():
+            text = f"{reason} ({_count(calls, 'call')} ran its own forward)"
+            yield Decision(name, "capture", False, text)
+        if not region.calls and not region.declined and name not in state.graphs:
+            yield Decision(name, "capture", False, NOT_CALLED)
+
+
+def _outcome(report: Report) -> list[str]:
+    lines: list[str] = []
+    if report.rows and all(r.bytes_after >= r.bytes_before for r in report.rows):
+        lines.append("Nothing was gained: no site became smaller.")
+    if report.max_difference is not None:
+        lines.append(f"Largest output difference, masked vs converted: {report.max_difference:.2e}")
+    if report.latency_before_ms is not None and report.latency_after_ms is not None:
+        before, after = report.latency_before_ms, report.latency_after_ms
+        lines.append(f"Latency: {before:.2f} ms -> {after:.2f} ms ({before / after:.2f}x)")
+    return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
