@@ -24,7 +24,7 @@ def refresh_names(model: nn.Module, state: State) -> None:
     masks: dict[str, Mask] = {}
     regions: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, Mask):
+        if isinstance(module, Mask) and name.endswith(MASK_SUFFIX):
             masks[name.removesuffix(MASK_SUFFIX)] = module
         region = region_of(module)
         if region is not None:
@@ -40,6 +40,6 @@ def refresh_names(model: nn.Module, state: State) -> None:
     for name, mask in found:
         if name != mask.site.name:
             state.seen = {name if seen == mask.site.name else seen for seen in state.seen}
-            aliases = tuple(other for other in known[name] if other != name)
+            aliases = tuple(other for other in known.get(name, ()) if other != name)
             mask.site = replace(mask.site, name=name, aliases=aliases)
         state.sites[name] = mask.site
