@@ -16,6 +16,7 @@ import mvpfx
 from mvpfx.mask import Mask
 from mvpfx.scheduler import refresh_weights
 from mvpfx.state import state_of
+from tests.trainers import PRUNED, logged, of, pruning_trainer, same_state
 from tests.training import assert_equal, half, reasons, regions, shuffle_scores, step, whole
 from tests.training import masks_of as all_masks
 from tests.zoo import ZOO
@@ -258,6 +259,32 @@ def test_a_checkpoint_holds_weights_adapters_and_scores(order: str, tmp_path: Pa
     mvpfx.load_checkpoint(tmp_path / "all", other)
     refresh_weights(other)
     assert torch.equal(output(other(**batch)), output(model(**batch)))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_trainer_resumes_adapters_and_scores(order: str, tmp_path: Path) -> None:
+    def model() -> Any:
+        if order == "adapters first":
+            return with_adapters(ZOO["BERT"].model())
+        prepared = with_adapters(mvpfx.prepare(ZOO["BERT"].model(), PRUNED))
+        train_scores(prepared)
+        return prepared
+
+    changed: dict[str, Any] = {"options": {"config": PRUNED}, "max_steps": 6, "save_steps": 3}
+    changed["eval_strategy"] = "no"
+    run = pruning_trainer("BERT", tmp_path, prepared=model(), **changed)
+    run.train()
+    other = model()
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if ".lora_" in name or name.endswith(".scores"):
+                parameter.zero_()
+    resumed = pruning_trainer("BERT", tmp_path, prepared=other, **changed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert same_state(of(run), of(resumed))
+    assert logged(run, "loss") == logged(resumed, "loss")
+    assert logged(run, "density") == logged(resumed, "density")
+    assert logged(run, "density")[6] == pytest.approx(0.2, abs=1e-2)
 
 
 def test_save_pretrained_writes_the_adapters_alone(tmp_path: Path) -> None:
