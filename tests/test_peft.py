@@ -6,76 +6,26 @@ from __future__ import annotations
 
 import copy
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import mvpfx
-from mvpfx.mask import Mask
 from mvpfx.scheduler import refresh_weights
-from mvpfx.state import state_of
-from tests.trainers import PRUNED, logged, of, pruning_trainer, same_state
-from tests.training import assert_equal, half, reasons, regions, shuffle_scores, step, whole
-from tests.training import masks_of as all_masks
+from tests.adapters import (
+    ORDERS,
+    TARGETS,
+    both,
+    masks_of,
+    peft,
+    reference,
+    train_scores,
+    with_adapters,
+)
+from tests.training import assert_equal, half, reasons, regions, shuffle_scores, step
 from tests.zoo import ZOO
 from tests.zoo.entry import loss, output
-
-peft: Any = pytest.importorskip("peft")
-
-ORDERS = ("adapters first", "masks first")
-TARGETS = {"BERT": ["query", "dense"], "Llama": ["q_proj", "down_proj"]}
-
-
-def with_adapters(model: Any, name: str = "BERT", **options: Any) -> Any:
-    """A model with adapters whose weights are not zero."""
-    config = peft.LoraConfig(target_modules=TARGETS[name], r=2, **options)
-    adapted = peft.get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter_name, parameter in adapted.named_parameters():
-            if ".lora_" in parameter_name and "magnitude" not in parameter_name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return adapted
-
-
-def both(order: str, name: str = "BERT", **options: Any) -> Any:
-    """A model with masks and adapters, made in the given order; scores are random and learn."""
-    model = ZOO[name].model()
-    if order == "adapters first":
-        model = mvpfx.prepare(with_adapters(model, name, **options), half())
-    else:
-        model = with_adapters(mvpfx.prepare(model, half()), name, **options)
-        train_scores(model)
-    shuffle_scores(model)
-    return model
-
-
-def masks_of(model: Any) -> list[Mask]:
-    """The masks of a model, their sites named as they are now."""
-    state_of(model)
-    return all_masks(model)
-
-
-def train_scores(model: Any) -> None:
-    for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith(".scores"):
-            parameter.requires_grad_()
-
-
-def reference(model: Any, name: str = "BERT", **options: Any) -> Any:
-    """Adapters alone, on weights that are zero where the masks of `model` are."""
-    raw = with_adapters(ZOO[name].model(), name, **options)
-    with torch.no_grad():
-        for mask in masks_of(model):
-            raw.get_base_model().get_parameter(mask.site.name).mul_(mask.mask())
-    if options.get("use_dora"):  # the norms that DoRA starts from were taken with the raw weights
-        parameters = dict(model.named_parameters())
-        for parameter_name, parameter in raw.named_parameters():
-            if "magnitude" in parameter_name:
-                parameter.data.copy_(parameters[parameter_name])
-    return raw
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
@@ -246,56 +196,3 @@ def test_prompt_tuning_learns_on_masked_weights() -> None:
     for name, parameter in raw.named_parameters():
         if parameter.requires_grad:
             assert_equal(parameters[name].grad, parameter.grad, name)
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_checkpoint_holds_weights_adapters_and_scores(order: str, tmp_path: Path) -> None:
-    model, batch = both(order).eval(), ZOO["BERT"].batch(0)
-    mvpfx.save_checkpoint(tmp_path / "all", model, step=1)
-    other = both(order).eval()
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.zero_()
-    mvpfx.load_checkpoint(tmp_path / "all", other)
-    refresh_weights(other)
-    assert torch.equal(output(other(**batch)), output(model(**batch)))
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_trainer_resumes_adapters_and_scores(order: str, tmp_path: Path) -> None:
-    def model() -> Any:
-        if order == "adapters first":
-            return with_adapters(ZOO["BERT"].model())
-        prepared = with_adapters(mvpfx.prepare(ZOO["BERT"].model(), PRUNED))
-        train_scores(prepared)
-        return prepared
-
-    changed: dict[str, Any] = {"options": {"config": PRUNED}, "max_steps": 6, "save_steps": 3}
-    changed["eval_strategy"] = "no"
-    run = pruning_trainer("BERT", tmp_path, prepared=model(), **changed)
-    run.train()
-    other = model()
-    with torch.no_grad():
-        for name, parameter in other.named_parameters():
-            if ".lora_" in name or name.endswith(".scores"):
-                parameter.zero_()
-    resumed = pruning_trainer("BERT", tmp_path, prepared=other, **changed)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert same_state(of(run), of(resumed))
-    assert logged(run, "loss") == logged(resumed, "loss")
-    assert logged(run, "density") == logged(resumed, "density")
-    assert logged(run, "density")[6] == pytest.approx(0.2, abs=1e-2)
-
-
-def test_save_pretrained_writes_the_adapters_alone(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    both("adapters first").save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert saved and all(".lora_" in name for name in saved)
-    again = peft.PeftModel.from_pretrained(
-        mvpfx.prepare(ZOO["BERT"].model(), whole()), str(tmp_path)
-    )
-    wanted = with_adapters(ZOO["BERT"].model()).eval()
-    batch = ZOO["BERT"].batch(0)
-    assert_equal(output(again.eval()(**batch)), output(wanted(**batch)))
