@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import checkpoint
 
+from mvpfx.held_values import WRITTEN, own_values, walk
 from mvpfx.leaves import autograd_leaf, is_leaf_type
 from mvpfx.recording import CaptureError
 from mvpfx.torch_private import CHECKPOINT_GENERATOR, in_backward
@@ -139,11 +140,13 @@ class SideEffects:
             )
         ]
         self.buffers = [(b, b._version, b.clone()) for b in module.buffers() if b.dim() == 0]
+        seen: set[int] = set()
         self.containers = [
-            (f"{kind}.{key}", value, _copied(value))
-            for kind, dictionary, _ in self.entries
-            for key, value in dictionary.items()
-            if not key.startswith("_") and type(value) in (list, dict, set)
+            (f"{type(part).__name__}.{key}", container, container.copy())
+            for part in module.modules()
+            for key, value in own_values(part)
+            for container in walk(value, seen)
+            if isinstance(container, (list, dict, set))
         ]
 
     def restore(self) -> list[str]:
@@ -183,15 +186,14 @@ def _same_draws(one: Any, other: Any) -> bool:
     return one[2:] == other[2:] and bool((one[1] == other[1]).all())
 
 
-def _copied(value: Any) -> Any:
-    return value.copy()
-
-
 def _differs(container: Any, before: Any) -> bool:
+    if isinstance(container, dict):
+        return any(
+            k not in before or k not in container or container[k] is not before[k]
+            for k in (container.keys() | before.keys()) - WRITTEN
+        )
     if len(container) != len(before):
         return True
-    if isinstance(container, dict):
-        return any(k not in before or v is not before[k] for k, v in container.items())
     if isinstance(container, set):
         return container != before
     return any(a is not b for a, b in zip(container, before, strict=True))

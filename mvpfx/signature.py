@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from operator import attrgetter, methodcaller
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mvpfx.held_values import is_container, own_values, walk
 from mvpfx.mask import Mask
 from mvpfx.recording import CONSTANTS, CaptureError
 from mvpfx.torch_private import (
@@ -19,13 +19,6 @@ from mvpfx.torch_private import (
     transforms_active,
 )
 from mvpfx.transformers_types import collected_outputs, is_cache
-
-_CODE = (FunctionType, BuiltinFunctionType)
-_PLAIN = frozenset((bool, int, float, complex, str, type(None), torch.dtype, torch.device, *_CODE))
-
-_WRITTEN = frozenset(("problem_type",))
-"""Config entries that task heads write at their first call, and blocks do not read."""
-
 
 _LEAVES = frozenset((Tensor, nn.Parameter, type(None), bool, int, float, str))
 
@@ -103,10 +96,10 @@ def signature(
 class Configuration:
     """All that the forward of one region may branch on besides its arguments.
 
-    That is the modules there are, their plain attributes, and those of their configs. Leaves count
-    too, although they are called live: BERT hands the rate of a dropout layer to its attention
-    function. What was looked at is remembered: while each dictionary holds what it held, which is
-    quick to tell, the answer stays what it was.
+    That is the modules there are, with the plain values they hold in attributes, containers and
+    configs. Leaves count too, although they are called live: BERT hands the rate of a dropout layer
+    to its attention function. What was looked at is remembered: while each container holds what it
+    held, which is quick to tell, the answer stays what it was.
     """
 
     def __init__(self) -> None:
@@ -116,7 +109,7 @@ class Configuration:
         self._types: list[type] = []
         self._dictionaries: list[dict[str, Any]] = []
         self._values: list[tuple[Any, ...]] = []
-        self._sequences: list[Any] = []
+        self._containers: list[Any] = []
         self._contents: list[tuple[Any, ...]] = []
         self._hooks: list[Any] = []
         self._counts: list[int] = []
@@ -137,7 +130,7 @@ class Configuration:
                 list(map(len, self._hooks)) == self._counts
                 and list(map(type, self._parts)) == self._types
                 and list(map(tuple, map(_values_of, self._dictionaries))) == self._values
-                and list(map(tuple, self._sequences)) == self._contents
+                and list(map(tuple, self._containers)) == self._contents
             )
         except (RuntimeError, TypeError, ValueError):  # a tensor was replaced: == is no bool
             return False
@@ -145,41 +138,37 @@ class Configuration:
     def _look(self, module: nn.Module) -> None:
         key: list[Any] = []
         parts: list[nn.Module] = []
-        configs: list[Any] = []
+        containers: list[Any] = []
+        seen: set[int] = set()
         stack = [module]
         while stack:
             part = stack.pop()
             parts.append(part)
             key.append(type(part))
-            for value in part.__dict__.values():
-                if type(value) in _PLAIN:
-                    key.append(value)
-                elif type(value) in _SEQUENCES:
-                    key.append(tuple(v for v in value if type(v) in _PLAIN))
-            config = part.__dict__.get("config")
-            if hasattr(config, "__dict__") and not any(config is seen for seen in configs):
-                configs.append(config)
+            for name, value in own_values(part):
+                key.append(name)
+                for found in walk(value, seen):
+                    if is_container(found):
+                        containers.append(found)
+                        key.append(type(found))
+                    else:
+                        key.append(found)
             for child in part._modules.values():
                 key.append(id(child))
                 if child is not None and not isinstance(child, Mask):
                     key.extend(len(hooks) for hooks in _hooks_of(child))
                     stack.append(child)
-        for config in configs:
-            fields = vars(config).items()
-            key.extend(v for k, v in fields if type(v) in _PLAIN and k not in _WRITTEN)
         self._current = self._numbers.setdefault(tuple(key), len(self._numbers))
         self._parts, self._types = parts, list(map(type, parts))
-        held = [part.__dict__ for part in parts]
-        self._sequences = [v for d in held for v in d.values() if type(v) in _SEQUENCES]
-        self._contents = list(map(tuple, self._sequences))
         self._hooks = [hooks for part in parts[1:] for hooks in _hooks_of(part)]
         self._counts = list(map(len, self._hooks))
+        self._containers, self._contents = containers, list(map(tuple, containers))
         inner = [part._modules for part in parts if part._modules]
-        self._dictionaries = [*held, *inner, *map(vars, configs)]
+        held = [held for held in containers if isinstance(held, dict)]
+        self._dictionaries = [*(part.__dict__ for part in parts), *inner, *held]
         self._values = list(map(tuple, map(_values_of, self._dictionaries)))
 
 
-_SEQUENCES = (tuple, list)
 _values_of = methodcaller("values")
 _hooks_of = attrgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"

@@ -141,6 +141,20 @@ def test_adapters_switched_off_leave_the_masked_model(order: str) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
+def test_another_scale_of_an_adapter_is_seen_after_capture(order: str) -> None:
+    model, batch = both(order).eval(), ZOO["BERT"].batch(0)
+    raw = reference(model).eval()
+    before = output(model(**batch))
+    for each in (model, raw):
+        for module in each.modules():
+            if hasattr(module, "set_scale"):
+                module.set_scale("default", 3.0)
+    after = output(model(**batch))
+    assert not torch.equal(after, before)
+    assert_equal(after, output(raw(**batch)))
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_merging_puts_the_adapter_under_the_mask(order: str) -> None:
     model, batch = both(order).eval(), ZOO["BERT"].batch(0)
     masks = {m.site.name.replace(".base_layer", ""): m.mask().clone() for m in masks_of(model)}

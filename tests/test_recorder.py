@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -97,6 +98,61 @@ def test_numpy_random_numbers_are_drawn_once_and_anew() -> None:
     after = numpy.random.rand()
     numpy.random.seed(0)
     assert [numpy.random.rand() for _ in range(5)][-1] == after
+
+
+class Remembering(nn.Module):
+    """Writes to what it holds: an object's attribute and a list in a dictionary of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.record = SimpleNamespace(calls=0)
+        self._memory: dict[str, list[Tensor]] = {"seen": []}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.record.calls += 1
+        out = self.layer(x)
+        self._memory["seen"].append(out)
+        return out * self.record.calls
+
+
+def test_what_a_forward_writes_into_objects_is_real_and_written_once() -> None:
+    raw = Remembering()
+    region = assert_same(raw, torch.randn(2, 8), torch.randn(2, 8), torch.randn(2, 8))
+    assert region.calls == 0
+    assert list(region.declined) == [
+        "its forward changes state: Remembering.record, Remembering._memory"
+    ]
+    model: Any = prepared(Remembering())
+    model(torch.randn(2, 8))
+    assert model.record.calls == 1
+    assert [type(t) for t in model._memory["seen"]] == [Tensor]
+
+
+class Switched(nn.Module):
+    """Branches on what objects and dictionaries hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.options = SimpleNamespace(negate=False)
+        self.scaling = {"default": 1.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x) * self.scaling["default"]
+        return -out if self.options.negate else out
+
+
+def test_switches_in_objects_and_dictionaries_are_seen_after_capture() -> None:
+    raw = Switched()
+    model: Any = prepared(copy.deepcopy(raw))
+    reference: Any = masked_copy(raw, model)
+    x = torch.randn(2, 8)
+    for negate, scale in ((False, 1.0), (True, 1.0), (True, 3.0), (False, 1.0)):
+        for each in (model, reference):
+            each.options.negate, each.scaling["default"] = negate, scale
+        assert difference(model(x), reference(x)) == 0
+    assert root(model).calls == 4 and len(root(model).graphs()) == 3
 
 
 def test_empty_inputs_have_a_variant_of_their_own() -> None:

@@ -20,6 +20,8 @@ class Inner(nn.Module):
         self.config = SimpleNamespace(implementation="sdpa", problem_type=None)
         self.scale = 2.0
         self.sizes = [1, 2]
+        self.switches = {"causal": True, "rates": [0.1]}
+        self.options = SimpleNamespace(depth=2, inner=SimpleNamespace(causal=True))
         self.table = torch.ones(2)
         self.linear = nn.Linear(2, 2)
 
@@ -37,6 +39,11 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a new attribute": lambda m: setattr(m[0], "flag", True),
     "an entry of a list": lambda m: m[0].sizes.append(3),
     "an entry of a config": lambda m: setattr(m[0].config, "implementation", "eager"),
+    "an entry of a dictionary": lambda m: m[0].switches.update(causal=False),
+    "a name in a dictionary": lambda m: m[0].switches.update(other=m[0].switches.pop("causal")),
+    "a list in a dictionary": lambda m: m[0].switches["rates"].append(0.2),
+    "an option": lambda m: setattr(m[0].options, "depth", 3),
+    "an option of an option": lambda m: setattr(m[0].options.inner, "causal", False),
     "another config": lambda m: setattr(m[0], "config", SimpleNamespace(implementation="eager")),
     "the rate of a leaf": lambda m: setattr(m[1], "p", 0.2),
     "the mode": lambda m: m[1].eval(),
