@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from contextlib import ExitStack
@@ -45,9 +46,21 @@ class Running:
 
     def __enter__(self) -> None:
         _thread.running = getattr(_thread, "running", 0) + 1
+        if _thread.running == 1:
+            _thread.forward = next(_forwards)
 
     def __exit__(self, *error: object) -> None:
         _thread.running -= 1
+
+
+_forwards = itertools.count(1)
+
+
+def forward_number() -> int | None:
+    """The number of the outermost forward of a prepared module that this thread runs, unlike that
+    of any other forward; None outside.
+    """
+    return _thread.forward if getattr(_thread, "running", 0) else None
 
 
 def is_running() -> bool:

@@ -223,7 +223,7 @@ class Mask(MaskState):
     def _current(self) -> tuple[Tensor, Tensor]:
         """Units and weights that stay, from the cache where nothing has changed."""
         key = self.ranking.state()
-        if self._cache is None or self._cache[0] != key:
+        if self._cache is None or self._cache[0] is not key:
             with torch.no_grad(), torch.inference_mode(False), transforms_off():
                 stored = self.stored()
                 if stored is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mvpfx.distributed import gathered, kept_counts
+from mvpfx.interception import forward_number
 from mvpfx.torch_private import is_fake
 
 if TYPE_CHECKING:
@@ -28,20 +29,33 @@ class Ranking:
 
     def __init__(self, masks: Sequence[Mask]) -> None:
         self.masks = list(masks)
+        self._state: Hashable = None
+        self._forward: int | None = None
         self._key: Hashable = None
         self._kept: list[Tensor] = []
         self._counts: list[int] = []
 
     def __getstate__(self) -> dict[str, object]:
-        return {"masks": self.masks, "_key": None, "_kept": [], "_counts": []}
+        return vars(Ranking(self.masks))
 
     def forget(self) -> None:
         """Rank anew at the next use."""
-        self._key, self._kept, self._counts = None, [], []
+        self._state = self._forward = self._key = None
+        self._kept, self._counts = [], []
 
     def state(self) -> Hashable:
-        """What the ranking depends on, to be compared: equal states have equal masks."""
-        return tuple(mask.own_state() for mask in self.masks)
+        """What the ranking depends on: the same object as long as the masks are the same.
+
+        Within one forward a pool is looked at once, or every member would look at all the others:
+        what is written to scores inside of a forward counts from the next one on.
+        """
+        forward = forward_number() if len(self.masks) > 1 else None
+        if forward is None or forward != self._forward:
+            state = tuple(mask.own_state() for mask in self.masks)
+            self._forward = forward
+            if state != self._state:
+                self._state = state
+        return self._state
 
     def kept(self, mask: Mask) -> Tensor:
         """Which units of `mask` stay, bool `[r, c]`.
@@ -52,13 +66,13 @@ class Ranking:
         key = self.state()
         place = next(i for i, member in enumerate(self.masks) if member is mask)
         if any(member.shard is not None for member in self.masks):
-            if key != self._key or not self._counts:
+            if key is not self._key or not self._counts:
                 self._counts, self._key = self._kept_counts(), key
             importance = gathered(mask.criterion.importance(mask))
             if self._by_parts():
                 return self._top_of_parts(importance)
             return top_v([importance], self._counts[place])[0]
-        if key != self._key or not self._kept:
+        if key is not self._key or not self._kept:
             self._kept, self._key = self._select(), key
         return self._kept[place]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from mvpfx.interception import Running, is_capturing
+from mvpfx.interception import is_capturing
 from mvpfx.recorder import Recorder
 from mvpfx.recording import CaptureError, Recording
 from mvpfx.signature import Configuration, flatten, signature
@@ -82,8 +82,7 @@ class Region:
             variant = str(reason)
         if isinstance(variant, str):
             self.declined[variant] = self.declined.get(variant, 0) + 1
-            with Running():
-                return forward(module, *args, **kwargs)
+            return forward(module, *args, **kwargs)
         self.calls += 1
         return variant.run(flat)
 

@@ -82,9 +82,9 @@ def _forward(base_forward: Callable[..., Any], masked: tuple[str, ...]) -> Calla
         if torch.compiler.is_compiling():
             return base_forward(self, *args, **kwargs)
         runtime = runtime_of(self)
-        if runtime is not None:
-            return runtime.call(self, base_forward, args, kwargs)
         with Running():
+            if runtime is not None:
+                return runtime.call(self, base_forward, args, kwargs)
             return base_forward(self, *args, **kwargs)
 
     forward.__wrapped__ = base_forward  # pyright: ignore[reportFunctionMemberAccess]

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+import mvpfx
 from mvpfx.mask import Mask
 from mvpfx.ranking import rank_together, top_v
 from mvpfx.torch_private import is_fake
@@ -131,6 +133,50 @@ def test_a_copy_has_a_pool_of_its_own(how: str) -> None:
         twin.mask_list[0].require_scores().add_(10)
     assert twin.mask_list[0].density_now == 1.0
     assert all(torch.equal(m.kept(), b) for m, b in zip(stack.mask_list, before, strict=True))
+
+
+def pooled_model() -> tuple[Any, list[Mask]]:
+    layers = (nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(3))
+    config = mvpfx.PruningConfig(
+        density=0.5, scope="global", criterion="magnitude", schedule=mvpfx.ConstantSchedule()
+    )
+    model = mvpfx.prepare(nn.Sequential(*layers), config).eval()
+    mvpfx.SparsityScheduler(model, total_steps=1)
+    return model, [module for module in model.modules() if isinstance(module, Mask)]
+
+
+def test_a_forward_looks_once_at_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, masks = pooled_model()
+    model(torch.ones(1, 8))
+    looks: list[str] = []
+    own_state = Mask.own_state
+
+    def counted(mask: Mask) -> Any:
+        looks.append(mask.site.name)
+        return own_state(mask)
+
+    monkeypatch.setattr(Mask, "own_state", counted)
+    for _ in range(2):
+        looks.clear()
+        model(torch.ones(1, 8))
+        assert looks == [mask.site.name for mask in masks]
+
+
+def test_what_is_written_between_two_forwards_moves_the_masks_of_all() -> None:
+    model, masks = pooled_model()
+    x = torch.ones(1, 8)
+    model(x)
+    before = masks[-1].mask().sum()
+    model[0](x)  # looks at the pool, and leaves the others where they are
+    with torch.no_grad():
+        model[0][0].weight.mul_(1e3)
+    found = model(x)
+    assert int(masks[0].mask().sum()) == 64 and masks[-1].mask().sum() < before
+    wanted = x
+    for layer in (part for block in model for part in block):
+        weight = layer.weight * layer.weight_mask.mask() if hasattr(layer, "weight_mask") else None
+        wanted = layer(wanted) if weight is None else F.linear(wanted, weight, layer.bias)
+    assert torch.equal(found, wanted)
 
 
 def test_top_v_of_fake_tensors_needs_no_values() -> None:
