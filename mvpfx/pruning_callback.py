@@ -178,8 +178,9 @@ def check_groups(model: nn.Module, groups: list[dict[str, Any]]) -> None:
         "mvpfx.hf.separate_scores(super().create_optimizer(), self.model) from create_optimizer of "
         "your Trainer."
     )
-    for mask in masks_of(model):
-        own = {id(mask_own): None for masked in masks_of(model) for mask_own in masked.parameters()}
+    masks = masks_of(model)
+    own = {id(p) for mask in masks for p in mask.parameters()}
+    for mask in masks:
         for scores in (p for p in mask.parameters() if p.requires_grad):
             group = holder.get(id(scores))
             if group is None:
