@@ -148,11 +148,10 @@ class Configuration:
             for name, value in own_values(part):
                 key.append(name)
                 for found in walk(value, seen):
-                    if is_container(found):
+                    inside = is_container(found)
+                    key.append(type(found) if inside else found)
+                    if inside and type(found) not in (tuple, frozenset):  # these never change
                         containers.append(found)
-                        key.append(type(found))
-                    else:
-                        key.append(found)
             for child in part._modules.values():
                 key.append(id(child))
                 if child is not None and not isinstance(child, Mask):
