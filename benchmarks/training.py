@@ -43,8 +43,13 @@ def fine_tune(
     recipe: Recipe,
     label: str,
     scheduler: mvpfx.SparsityScheduler | None = None,
+    teacher: nn.Module | None = None,
+    after_epoch: Callable[[], None] | None = None,
 ) -> None:
-    """Train `model` in place; with `scheduler`, move its masks a step after each update."""
+    """Train `model` in place; with `scheduler`, move its masks a step after each update.
+
+    With `teacher`, which is not trained, its outputs count as in `mvpfx.Distillation()`.
+    """
     total_steps = recipe.total_steps(split)
     optimizer = torch.optim.AdamW(
         mvpfx.parameter_groups(model, lr=recipe.lr, score_lr=recipe.score_lr)
@@ -56,7 +61,7 @@ def fine_tune(
     with tqdm(total=total_steps, desc=label, mininterval=1.0) as bar:
         for _ in range(recipe.epochs):
             for batch in batches(split, recipe.batch_size, shuffle):
-                loss: Tensor = model(**to_device(batch, model)).loss + mvpfx.penalty(model)
+                loss = loss_of(model, to_device(batch, model), teacher) + mvpfx.penalty(model)
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -66,7 +71,21 @@ def fine_tune(
                     scheduler.step()
                 bar.update()
                 bar.set_postfix_str(f"loss {loss.detach().item():.3f}", refresh=False)
+            if after_epoch is not None:
+                after_epoch()
+                model.train()
     model.eval()
+
+
+def loss_of(model: nn.Module, batch: Batch, teacher: nn.Module | None) -> Tensor:
+    """The loss on labels, or half of it and half of the divergence from a teacher."""
+    found: Any = model(**batch)
+    if teacher is None:
+        return found.loss
+    with torch.no_grad():
+        taught = teacher(**batch)
+    how = mvpfx.Distillation()
+    return how.task_weight * found.loss + mvpfx.distillation_loss(found, taught, how)
 
 
 def warmup_and_decay(recipe: Recipe, total_steps: int) -> Callable[[int], float]:

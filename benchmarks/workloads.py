@@ -90,6 +90,7 @@ class Workload:
     timed: Batch  # without labels
     timed_as: str  # what `timed` is, for people
     pretraining: Split | None = None  # where the model still has to be pretrained
+    dev: Split | None = None  # to choose settings on
 
 
 def batches(split: Split, size: int, shuffle: random.Random | None = None) -> Iterator[Batch]:
@@ -150,7 +151,8 @@ def sentences(
 ) -> Workload:
     """A pretrained encoder and `sentence<TAB>label` files train.tsv and test.tsv, from folders.
 
-    `limit` keeps the first examples of each file only. Timed is one sequence of 128 real tokens.
+    There may be a dev.tsv too. `limit` keeps the first examples of each file only. Timed is one
+    sequence of 128 real tokens.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -183,6 +185,7 @@ def sentences(
         test=test,
         timed={key: timed[key] for key in ("input_ids", "attention_mask")},
         timed_as=f"1 sequence of {timed['input_ids'].shape[1]} tokens",
+        dev=split("dev.tsv") if (data_folder / "dev.tsv").is_file() else None,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from mvpfx import criterion as criteria
+from mvpfx import criteria
 from mvpfx import granularity as granularities
 from mvpfx import schedule as schedules
 from mvpfx.checks import as_density, as_number
@@ -18,32 +18,6 @@ from mvpfx.site import Site
 
 SCOPES = ("local", "global")
 SCORE_INITS = ("magnitude", "zero")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How one site is pruned: the configuration, with the overrides that match the site put in.
-
-    Attributes:
-        criterion: name of the rule that produces the scores.
-        granularity: shape of the unit that one score governs.
-        density: fraction of units kept at the end.
-        scope: "local" ranks within the site, "global" across sites.
-        score_init: first scores: "magnitude", "zero" or a number.
-        threshold: final cutoff of `sigmoid(scores)`, for criteria that have one.
-        penalty_lambda: final factor of the penalty, for criteria that have one.
-    """
-
-    criterion: str = "movement"
-    granularity: Granularity = field(default_factory=Granularity)
-    density: float = 0.15
-    scope: str = "local"
-    score_init: str | float = "magnitude"
-    threshold: float = 0.1
-    penalty_lambda: float = 100.0
-
-
-RULE_FIELDS = tuple(f.name for f in fields(Rule))
 
 
 class Overrides(Mapping[str, "Mapping[str, Any] | None"]):
@@ -88,6 +62,34 @@ class Change(Mapping[str, Any]):
 
 
 @dataclass(frozen=True)
+class Rule:
+    """How one site is pruned: the configuration, with the overrides that match the site put in.
+
+    Attributes:
+        criterion: name of the rule that produces the scores.
+        granularity: shape of the unit that one score governs.
+        density: fraction of units kept at the end.
+        scope: "local" ranks within the site, "global" across sites.
+        score_init: first scores: "magnitude", "zero" or a number.
+        threshold: final cutoff of `sigmoid(scores)`, for criteria that have one.
+        penalty_lambda: final factor of the penalty, for criteria that have one.
+        criterion_options: numbers of the criterion's own.
+    """
+
+    criterion: str = "movement"
+    granularity: Granularity = field(default_factory=Granularity)
+    density: float = 0.15
+    scope: str = "local"
+    score_init: str | float = "magnitude"
+    threshold: float = 0.1
+    penalty_lambda: float = 100.0
+    criterion_options: Mapping[str, float] = field(default_factory=lambda: Change({}))
+
+
+RULE_FIELDS = tuple(f.name for f in fields(Rule))
+
+
+@dataclass(frozen=True)
 class PruningConfig:
     """All that `prepare` needs to know; checks itself at once and never changes.
 
@@ -96,15 +98,19 @@ class PruningConfig:
     True
 
     Attributes:
-        criterion: "movement", "soft_movement" or "magnitude".
+        criterion: "movement", "soft_movement", "magnitude", "l0", "saliency", "ema_magnitude",
+            "random" or "platon"; each is a class in `mvpfx.criteria`.
         granularity: "element", "row", "column", or the (rows, cols) of a block.
         density: final fraction of units kept, above 0 and at most 1.
         scope: "local" keeps that fraction of each weight, "global" of all weights together.
         score_init: "magnitude" starts from the rank of `abs(W)`, which small data sets need;
-            "zero" is the paper's, for hundreds of thousands of examples; or a number for all.
+            "zero" is the paper's, for hundreds of thousands of examples; or a number for all. Only
+            for scores that are learned: of movement, soft_movement and l0.
         schedule: how density (or threshold) moves over the optimizer steps.
         threshold: final cutoff `tau` of soft movement, in (0, 1).
-        penalty_lambda: final factor of soft movement's penalty, at least 0.
+        penalty_lambda: final factor of the penalty of soft movement and l0, at least 0.
+        criterion_options: numbers of the criterion's own, by name, such as `{"beta": 0.99}` of
+            "ema_magnitude"; an override that changes the criterion starts without them.
         overrides: pattern -> changed fields, or None to leave a site alone. A pattern is a
             parameter's or a module's name, the beginning of one up to a dot, or "re:" and a
             regular expression for the whole of either. The most specific pattern wins, field by
@@ -123,11 +129,13 @@ class PruningConfig:
     schedule: Schedule = field(default_factory=CubicSchedule)
     threshold: float = 0.1
     penalty_lambda: float = 100.0
+    criterion_options: Mapping[str, float] = field(default_factory=lambda: Change({}))
     overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=Overrides)
 
     def __post_init__(self) -> None:
         for name in RULE_FIELDS:
             object.__setattr__(self, name, _checked(name, getattr(self, name)))
+        criteria.check_options(self.criterion, self.criterion_options)
         _check_schedule(self.schedule)
         object.__setattr__(self, "overrides", _checked_overrides(self.overrides))
 
@@ -150,6 +158,9 @@ class PruningConfig:
             if included is False or (included is None and site.name not in defaults):
                 continue
             values = {**base, **change}
+            if values["criterion"] != self.criterion and "criterion_options" not in change:
+                values["criterion_options"] = Change({})
+            criteria.check_options(values["criterion"], values["criterion_options"])
             values["granularity"] = granularities.parse(values["granularity"])
             values["granularity"].check(site)
             rules[site.name] = Rule(**values)
@@ -159,11 +170,7 @@ class PruningConfig:
         """The configuration as JSON text; `from_json` reads it back."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         values["schedule"] = self.schedule.to_dict()
-        values["overrides"] = {
-            pattern: None if change is None else dict(change)
-            for pattern, change in self.overrides.items()
-        }
-        return json.dumps(values, indent=2)
+        return json.dumps(values, indent=2, default=dict)
 
     @classmethod
     def from_json(cls, text: str) -> PruningConfig:
@@ -200,6 +207,8 @@ def _checked(name: str, value: Any) -> Any:
         return as_density(value)
     if name == "scope":
         return _one_of("scope", value, SCOPES)
+    if name == "criterion_options":
+        return _checked_options(value)
     if name == "score_init":
         return value if value in SCORE_INITS else _constant_scores(value)
     number = as_number(value, name)
@@ -211,6 +220,13 @@ def _checked(name: str, value: Any) -> Any:
     if name == "penalty_lambda" and number < 0:
         raise ValueError(f"penalty_lambda must be at least 0; found {value!r}.")
     return number
+
+
+def _checked_options(value: object) -> Change:
+    """Options as they are stored; whether a criterion has them shows when it is known."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"criterion_options must map names to numbers; found {value!r}.")
+    return Change({str(k): as_number(v, f"criterion_options[{k!r}]") for k, v in value.items()})
 
 
 def _constant_scores(value: object) -> float:

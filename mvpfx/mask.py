@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from mvpfx.checks import check_scores_dtype, check_weight, count_nan
 from mvpfx.config import Rule
-from mvpfx.criterion import Criterion, find
+from mvpfx.criteria import find
+from mvpfx.criterion import Criterion
 from mvpfx.distributed import gathered, is_sharded, version
 from mvpfx.granularity import from_matrix, matrix_shape, to_matrix
 from mvpfx.mask_operator import traced_mask
@@ -64,11 +65,23 @@ class Mask(MaskState):
         if scores is not None:
             learned = self.criterion.stored == "parameter"
             self.scores = nn.Parameter(scores) if learned else scores
+            for name in self.criterion.averages:
+                average = nn.Parameter(torch.zeros_like(scores), requires_grad=False)
+                self.register_parameter(name, average)
 
     @property
     def criterion(self) -> Criterion:
         """The rule's criterion."""
         return find(self.rule.criterion)
+
+    def option(self, name: str) -> float:
+        """The value of one of the criterion's options."""
+        default = self.criterion.options[name].default
+        return self.rule.criterion_options.get(name, default)
+
+    def averages(self) -> list[nn.Parameter]:
+        """What the criterion keeps beside the scores, in its order."""
+        return [self.get_parameter(name) for name in self.criterion.averages]
 
     @property
     def plan(self) -> Schedule | None:

@@ -37,6 +37,11 @@ class MaskState(nn.Module):
         """Know the weight without owning it: not as a parameter of this module."""
         self.__dict__["_weight"] = weight
 
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter that is masked; it belongs to the model."""
+        return self._weight
+
     def mask(self) -> Tensor:
         """Which weights stay now, bool, of the weight's shape."""
         raise NotImplementedError

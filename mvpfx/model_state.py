@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from mvpfx.transformers_types import is_pretrained
 WEIGHTS = "model.safetensors"
 SCORES = "pruning_scores.safetensors"
 """What masks store, apart from the weights: transformers renames some weights when it saves."""
-_SUFFIX = "_mask.scores"
+_SCORES = re.compile(r".*_mask\.\w*scores")
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:
@@ -73,7 +74,7 @@ def save_state(model: nn.Module, folder: Path) -> dict[str, str]:
 
 def split_scores(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A state without the scores, and the scores."""
-    scores = {name: value for name, value in state.items() if name.endswith(_SUFFIX)}
+    scores = {name: value for name, value in state.items() if _SCORES.fullmatch(name)}
     return {name: value for name, value in state.items() if name not in scores}, scores
 
 
@@ -118,7 +119,7 @@ def read_state(
     if dense:
         found, _ = split_scores(found)
     own = {n: v for n, v in model.state_dict().items() if isinstance(v, Tensor)}
-    lacking = [name for name in _absent(own, found) if not name.endswith(_SUFFIX)]
+    lacking = [name for name in _absent(own, found) if not _SCORES.fullmatch(name)]
     if lacking and manifest.writer != "loop" and is_pretrained(model):
         found = _converted(model, folder, found)
     present = {_memory(own[name]): value for name, value in found.items() if name in own}
@@ -157,7 +158,7 @@ def check_state(
 
 
 def _other(name: str) -> str:
-    if name.endswith(_SUFFIX):
+    if _SCORES.fullmatch(name):
         return (
             "Prepare the model as it was when saved: "
             "mvpfx.prepare(model, mvpfx.pruning_config(folder)), with example_inputs= if it was "

@@ -125,7 +125,8 @@ class Ranking:
 def rank_together(masks: Iterable[Mask]) -> list[Ranking]:
     """Give each mask its ranking, and return the rankings; forgets those they were in before.
 
-    Masks of global scope that share criterion and density are ranked together; all others alone.
+    Masks of global scope that share criterion, its options and density are ranked together; all
+    others alone.
 
     Args:
         masks: all masks of a model, in order of their sites.
@@ -134,7 +135,8 @@ def rank_together(masks: Iterable[Mask]) -> list[Ranking]:
     for mask in masks:
         rule = mask.rule
         together = rule.scope == "global" and mask.criterion.pooled
-        key = (rule.criterion, rule.density) if together else id(mask)
+        options = tuple(sorted(rule.criterion_options.items()))
+        key = (rule.criterion, options, rule.density) if together else id(mask)
         pools.setdefault(key, []).append(mask)
     rankings = [Ranking(members) for members in pools.values()]
     for ranking in rankings:

@@ -10,6 +10,7 @@ from torch import nn
 from mvpfx.adapters import warn_of_frozen_scores
 from mvpfx.checks import as_count
 from mvpfx.mask import Mask
+from mvpfx.observation import observe_steps
 from mvpfx.ranking import rank_together
 from mvpfx.state import mark_optimizer_built
 from mvpfx.swap import MASK_SUFFIX
@@ -48,6 +49,7 @@ class SparsityScheduler:
         mark_optimizer_built(model)
         warn_of_frozen_scores(model, self._masks)
         rank_together(self._masks)
+        observe_steps(self, self._masks)
         self._move()
 
     @property

@@ -1,4 +1,4 @@
-"""Oracle in plain NumPy, written from Sanh et al. 2020: movement pruning of two stacked matrices.
+"""Oracle in plain NumPy, written from the papers: pruning of two stacked matrices while they train.
 
 The model is `y = x W1'^T W2'^T` with `W' = W * M` and the loss `mean (y - target)^2`, whose
 gradients are written out by hand. Nothing here is shared with the package.
@@ -7,6 +7,7 @@ gradients are written out by hand. Nothing here is shared with the package.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,20 @@ def sigmoid(values: Array) -> Array:
     return 1 / (1 + np.exp(-values))
 
 
+def hard_concrete(scores: Array, noise: Array | None = None) -> tuple[Array, Array]:
+    """Louizos et al. 2018, Eq. 10 to 12: gates, and their derivatives with respect to the scores;
+    without noise those of evaluation.
+    """
+    inner, inverse = scores, 1.0
+    if noise is not None:
+        noise = np.clip(noise, 1e-4, 1 - 1e-4)
+        inner, inverse = (np.log(noise / (1 - noise)) + scores) * 1.5, 1.5
+    open_ = sigmoid(inner)
+    stretched = open_ * 1.2 - 0.1
+    slope = np.where((stretched > 0) & (stretched < 1), 1.2 * inverse * open_ * (1 - open_), 0.0)
+    return np.clip(stretched, 0, 1), slope
+
+
 @dataclass
 class Adam:
     """Kingma and Ba 2015, Algorithm 1; plain SGD where `plain` is set."""
@@ -95,6 +110,7 @@ class Run:
     threshold: float = 0.5
     penalty_lambda: float = 3.0
     steps: int = 0
+    averages: dict[int, tuple[Array, Array]] = field(default_factory=dict[int, tuple[Array, Array]])
 
     def __post_init__(self) -> None:
         self.weight_optimizer = Adam(self.lr, self.plain)
@@ -107,6 +123,8 @@ class Run:
         """The units that stay now."""
         if self.criterion == "soft_movement":
             return [sigmoid(s) > self.scheduled(0.0, self.threshold) for s in self.scores]
+        if self.criterion == "l0":
+            return [hard_concrete(s)[0] > 0 for s in self.scores]
         ranked = self.scores
         if self.criterion == "magnitude":
             ranked = [reduce(np.abs(w), self.block) for w in self.weights]
@@ -115,22 +133,54 @@ class Run:
             return top_v(ranked, round(density * sum(s.size for s in ranked)))
         return [top_v([s], round(density * s.size))[0] for s in ranked]
 
-    def step(self, x: Array, target: Array) -> None:
-        masks = [expand(m, self.block) for m in self.masks()]
-        one, two = (w * m for w, m in zip(self.weights, masks, strict=True))
+    def step(self, x: Array, target: Array, noise: list[Array]) -> None:
+        factors: list[Array] = [expand(m, self.block).astype(float) for m in self.masks()]
+        slopes: list[Any] = [1.0 for _ in self.scores]
+        if self.criterion == "l0":
+            gates = [hard_concrete(s, u) for s, u in zip(self.scores, noise, strict=True)]
+            factors = [np.kron(gate, np.ones(self.block)) for gate, _ in gates]
+            slopes = [slope for _, slope in gates]
+        one, two = (w * m for w, m in zip(self.weights, factors, strict=True))
         hidden = x @ one.T
         error = 2 * (hidden @ two.T - target) / target.size
         masked_grads: list[Array] = [(error @ two).T @ x, error.T @ hidden]
         # Eq. 2, with the straight-through estimator: also where the mask is 0.
-        score_grads = [
+        movements = [
             reduce(g * w, self.block) for g, w in zip(masked_grads, self.weights, strict=True)
         ]
-        if self.criterion == "soft_movement":
-            now = self.penalty_lambda * self.scheduled(0.0, self.threshold) / self.threshold
-            for grad, s in zip(score_grads, self.scores, strict=True):
-                grad += now / len(self.scores) * sigmoid(s) * (1 - sigmoid(s)) / s.size
-        grads: list[Array] = [g * m for g, m in zip(masked_grads, masks, strict=True)]
+        grads: list[Array] = [g * m for g, m in zip(masked_grads, factors, strict=True)]
         self.weight_optimizer.update(self.weights, grads)
-        if self.criterion != "magnitude":
-            self.score_optimizer.update(self.scores, score_grads)
+        self._score(movements, slopes)
         self.steps += 1
+
+    def _score(self, movements: list[Array], slopes: list[Any]) -> None:
+        """What the criterion makes of `dL/dW' * W`, summed over the units, and of new weights."""
+        if self.criterion in ("movement", "soft_movement", "l0"):
+            score_grads = [m * slope for m, slope in zip(movements, slopes, strict=True)]
+            for grad, s in zip(score_grads, self.scores, strict=True):
+                grad += self._penalty_slope(s) / len(self.scores) / s.size
+            self.score_optimizer.update(self.scores, score_grads)
+        for i, s in enumerate(self.scores):
+            if self.criterion == "saliency":
+                s += np.abs(movements[i])
+            if self.criterion == "ema_magnitude":
+                now = reduce(np.abs(self.weights[i]), self.block) / np.prod(self.block)
+                s[:] = 0.9 * s + 0.1 * now
+            if self.criterion == "platon":
+                zeros = np.zeros_like(s)
+                sensitivity, uncertainty = self.averages.get(i, (zeros, zeros))
+                change = np.abs(movements[i])
+                sensitivity = 0.85 * sensitivity + 0.15 * change
+                uncertainty = 0.95 * uncertainty + 0.05 * np.abs(change - sensitivity)
+                self.averages[i] = sensitivity, uncertainty
+                s[:] = sensitivity * uncertainty
+
+    def _penalty_slope(self, scores: Array) -> Array:
+        if self.criterion == "soft_movement":
+            factor, shift = self.scheduled(0.0, self.threshold) / self.threshold, 0.0
+        elif self.criterion == "l0":
+            factor, shift = self.scheduled(0.0, 1.0), 2 / 3 * np.log(0.1 / 1.1)
+        else:
+            return np.zeros_like(scores)
+        paid = sigmoid(scores - shift)
+        return self.penalty_lambda * factor * paid * (1 - paid)

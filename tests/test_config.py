@@ -56,13 +56,34 @@ HOW = 'To leave a weight alone, use overrides={"its name": None}.'
         (
             {"criterion": "moving"},
             ValueError,
-            'criterion "moving" is unknown. Use one of "movement", "soft_movement", "magnitude".',
+            'criterion "moving" is unknown. Use one of "movement", "soft_movement", "magnitude", '
+            '"l0", "saliency", "ema_magnitude", "random", "platon".',
         ),
         (
             {"granularity": "rows"},
             ValueError,
             'granularity "rows" is unknown. Use "element", "row", "column", '
             "or the (rows, cols) of a block, such as (32, 32).",
+        ),
+        (
+            {"criterion": "platon", "criterion_options": {"beta": 0.9}},
+            ValueError,
+            'criterion "platon" has no option \'beta\'. It has "beta_1", "beta_2".',
+        ),
+        (
+            {"criterion_options": {"beta": 0.9}},
+            ValueError,
+            "criterion \"movement\" has no option 'beta'. It has none.",
+        ),
+        (
+            {"criterion": "platon", "criterion_options": {"beta_1": 1.5}},
+            ValueError,
+            "criterion_options['beta_1'] must be from 0 to 1; found 1.5.",
+        ),
+        (
+            {"criterion_options": 0.9},
+            TypeError,
+            "criterion_options must map names to numbers; found 0.9.",
         ),
         ({"scope": "world"}, ValueError, 'scope "world" is unknown. Use "local" or "global".'),
         ({"scope": None}, TypeError, 'scope must be "local" or "global"; found None.'),
@@ -115,7 +136,7 @@ HOW = 'To leave a weight alone, use overrides={"its name": None}.'
             {"overrides": {"ffn": {"sparsity": 0.5}}},
             ValueError,
             "overrides['ffn'] has no field 'sparsity'. It may change criterion, granularity, "
-            "density, scope, score_init, threshold, penalty_lambda.",
+            "density, scope, score_init, threshold, penalty_lambda, criterion_options.",
         ),
         (
             {"overrides": {"ffn": {"density": 2}}},
@@ -173,7 +194,7 @@ def test_round_trips(config: PruningConfig) -> None:
             '{"amount": 0.5}',
             ValueError,
             "a configuration has no field 'amount'. It has criterion, granularity, density, scope, "
-            "score_init, schedule, threshold, penalty_lambda, overrides.",
+            "score_init, schedule, threshold, penalty_lambda, criterion_options, overrides.",
         ),
         ("density", ValueError, "Expecting value: line 1 column 1 (char 0)"),
     ],

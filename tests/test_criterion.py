@@ -4,15 +4,15 @@ import re
 import time
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mvpfx import criterion as criteria
+from mvpfx import criteria
 from mvpfx.config import PruningConfig, Rule
-from mvpfx.criterion import Criterion, Progress, Targets
-from mvpfx.granularity import to_matrix
+from mvpfx.criterion import Criterion, Option
 from mvpfx.mask import Mask
 from mvpfx.scheduler import SparsityScheduler
 from mvpfx.score_init import rank
@@ -30,7 +30,10 @@ def registry() -> Iterator[None]:
 
 
 def test_unknown_criterion() -> None:
-    known = '"movement", "soft_movement", "magnitude"'
+    known = (
+        '"movement", "soft_movement", "magnitude", "l0", "saliency", "ema_magnitude", "random", '
+        '"platon"'
+    )
     with raises(ValueError, f'criterion "moving" is unknown. Use one of {known}.'):
         criteria.find("moving")
     with raises(TypeError, f"criterion must be a name; found 3. Use one of {known}."):
@@ -115,106 +118,45 @@ def test_soft_movement_passes_a_threshold() -> None:
     assert torch.equal(mask.kept(), torch.arange(4).eq(1)[:, None].expand(4, 4))
 
 
-class Saliency(Criterion):
-    """Running sum of `abs(W * dW)`: accumulated from gradients, not learned."""
+class Recency(Criterion):
+    """Keep what moved most in the last optimizer step, a toy with options."""
 
-    name = "saliency"
-    stored = "buffer"
-
-    def initial(self, mask: Mask) -> Tensor:
-        return torch.zeros_like(mask.magnitude())
-
-    def importance(self, mask: Mask) -> Tensor:
-        return mask.require_scores()
-
-    def apply(self, mask: Mask, weight: Tensor) -> Tensor:
-        masked = super().apply(mask, weight)
-
-        def accumulate(grad: Tensor) -> None:
-            moved = to_matrix((grad * weight).detach().abs(), mask.site.out_dim)
-            mask.require_scores().add_(mask.granularity.reduce(moved))
-
-        if masked.requires_grad:
-            masked.register_hook(accumulate)
-        return masked
-
-
-class EmaMagnitude(Criterion):
-    """Moving average of `abs(W)` over optimizer steps."""
-
-    name = "ema_magnitude"
-    stored = "buffer"
-
-    def initial(self, mask: Mask) -> Tensor:
-        return mask.magnitude()
-
-    def importance(self, mask: Mask) -> Tensor:
-        return mask.require_scores()
-
-    def advance(self, mask: Mask) -> None:
-        mask.require_scores().lerp_(mask.magnitude(), 0.1)
-
-
-class HardConcrete(Criterion):
-    """`l0`: a sampled, non-binary mask with an exact gradient and a penalty."""
-
-    name = "l0"
+    name = "recency"
     stored = "parameter"
-    pooled = False
-    penalised = True
+    observes = True
+    averages = ("last_scores",)
+    options = {"share": Option(0.5, most=1.0)}
 
-    def targets(self, rule: Rule, progress: Progress) -> Targets:
-        return Targets(penalty_lambda=progress(0.0, rule.penalty_lambda))
-
-    def gate(self, mask: Mask) -> Tensor:
-        scores = mask.require_scores()
-        if mask.training:
-            noise = torch.rand_like(scores).clamp(1e-4, 1 - 1e-4).logit()
-            scores = (scores + noise) * 1.5
-        return (scores.sigmoid() * 1.2 - 0.1).clamp(0, 1)
-
-    def importance(self, mask: Mask) -> Tensor:
-        return mask.require_scores().detach()
-
-    def kept(self, mask: Mask) -> Tensor:
-        return self.gate(mask) > 0
-
-    def apply(self, mask: Mask, weight: Tensor) -> Tensor:
-        return weight * mask.granularity.expand(self.gate(mask), *weight.shape)
-
-    def penalty(self, mask: Mask) -> Tensor:
-        return torch.sigmoid(mask.require_scores() + 1.6).mean()
+    def observe(self, mask: Mask, gradient: Tensor) -> None:
+        (last,) = mask.averages()
+        mask.require_scores().copy_(last).add_(gradient.abs(), alpha=mask.option("share"))
+        last.copy_(gradient.abs())
 
 
-@pytest.mark.parametrize(
-    "criterion", [Saliency(), EmaMagnitude(), HardConcrete()], ids=lambda c: c.name
-)
-def test_a_new_criterion_is_one_class(criterion: Criterion, registry: None) -> None:
-    criteria.register(criterion)
-    assert PruningConfig(criterion=criterion.name).criterion == criterion.name
-    stack = Stack(values(4, 6), values(4, 4), criterion=criterion.name, density=0.5)
-    before = [mask.require_scores().detach().clone() for mask in stack.mask_list]
-    learned = {name for name, _ in stack.named_parameters() if name.endswith("scores")}
-    assert bool(learned) == (criterion.stored == "parameter")
-    assert sum(name.endswith("scores") for name in stack.state_dict()) == 2
+def test_a_new_criterion_is_one_class(registry: None) -> None:
+    criteria.register(Recency())
+    options = {"share": 0.25}
+    config = PruningConfig(criterion="recency", criterion_options=options)
+    assert PruningConfig.from_json(config.to_json()) == config
+    stack = Stack(
+        values(4, 6), values(4, 4), criterion="recency", density=0.5, criterion_options=options
+    )
+    assert sum(name.endswith("scores") for name in stack.state_dict()) == 4
     scheduler = SparsityScheduler(stack, 2)
     optimizer = torch.optim.SGD(stack.parameters(), lr=0.1)
     for _ in range(2):
         stack(values(5, 6)).square().mean().backward()
         optimizer.step()
         scheduler.step()
-    for mask, first in zip(stack.mask_list, before, strict=True):
-        assert not torch.equal(mask.require_scores(), first)
-        if mask.density is not None:
-            assert mask.density_now == 0.5
+    for mask in stack.mask_list:
+        assert mask.require_scores().min() >= 0 and mask.require_scores().max() > 0
+        assert mask.density_now == 0.5
 
 
 def test_no_criterion_is_asked_for_by_name_elsewhere() -> None:
-    from pathlib import Path
-
-    package = Path(criteria.__file__).parent
+    package = Path(criteria.__file__).parent.parent
     nouns = ["mask", "ranking", "scheduler", "penalty", "optim", "straight_through", "score_init"]
-    for noun in nouns:
+    for noun in [*nouns, "observation", "criterion"]:
         text = (package / f"{noun}.py").read_text()
         found = [name for name in criteria.names() if re.search(rf"[\"']{name}[\"']", text)]
         assert found == (["magnitude"] if noun == "score_init" else [])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from mvpfx import criteria
 from mvpfx.optim import parameter_groups
 from mvpfx.penalty import penalty
 from mvpfx.schedule import ConstantSchedule, CubicSchedule
@@ -26,10 +27,19 @@ def array(tensor: torch.Tensor) -> Array:
     return tensor.detach().cpu().double().numpy().copy()
 
 
+def drawn(stack: Stack, seed: int) -> list[Array]:
+    """What the next forward draws for the scores of each mask."""
+    scores = [mask.scores for mask in stack.mask_list if mask.scores is not None]
+    torch.manual_seed(seed)
+    noise = [array(torch.rand_like(held)) for held in scores]
+    torch.manual_seed(seed)
+    return noise
+
+
 @pytest.mark.parametrize("scope", ["local", "global"])
 @pytest.mark.parametrize(("granularity", "block"), BLOCKS)
 @pytest.mark.parametrize("plain", [True, False], ids=["sgd", "adam"])
-@pytest.mark.parametrize("criterion", ["movement", "soft_movement", "magnitude"])
+@pytest.mark.parametrize("criterion", criteria.names())
 @pytest.mark.parametrize("score_init", ["zero", "magnitude"])
 def test_scores_weights_and_masks_are_the_papers(
     score_init: str,
@@ -71,12 +81,13 @@ def test_scores_weights_and_masks_are_the_papers(
         for mask, kept in zip(stack.mask_list, run.masks(), strict=True):
             np.testing.assert_array_equal(mask.kept().cpu().numpy(), kept)
         x, target = values(16, 12, seed=100 + step), values(16, 8, seed=200 + step)
+        noise = drawn(stack, step)
         loss = (stack(x.to(device)) - target.to(device)).square().mean() + penalty(stack)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.step()
-        run.step(array(x), array(target))
+        run.step(array(x), array(target), noise)
         for weight, expected in zip(stack.weights, run.weights, strict=True):
             np.testing.assert_allclose(array(weight), expected, rtol=1e-4, atol=2e-5)
         for mask, expected in zip(stack.mask_list, run.scores, strict=False):

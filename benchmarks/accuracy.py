@@ -1,0 +1,215 @@
+"""Which criterion keeps how much accuracy at which density, on small data.
+
+    python -m benchmarks.accuracy --model FOLDER --data FOLDER --method platon --density 0.10
+    python -m benchmarks.accuracy --model FOLDER --data FOLDER [--data FOLDER] --all
+
+The first runs one cell, the second all cells of the study that are not in the result file yet:
+every run is a line there, written when it ends, so a run that was stopped is taken up again.
+Settings of a method are chosen on dev.tsv (`benchmarks.accuracy_table` does); test.tsv is only
+reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import mvpfx
+from benchmarks import presets, results_file, training
+from benchmarks.training import Recipe
+from benchmarks.workloads import Split, Workload, sentences
+
+RESULT = results_file.FOLDER / "accuracy.jsonl"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run; all of it goes into the result line, and is what tells runs apart."""
+
+    task: str
+    method: str
+    density: float
+    score_lr: float = 1e-2
+    scope: str = "local"
+    score_init: str = "magnitude"
+    penalty_lambda: float = 100.0
+    granularity: str = "element"
+    teacher: bool = False
+    epochs: int = 6
+    batch_size: int = 32
+    lr: float = 1e-4
+    warmup: float = 0.1
+    cooldown: float = 0.2
+    seed: int = 0
+
+    def config(self, model: nn.Module) -> mvpfx.PruningConfig:
+        """How the model is prepared."""
+        structured = presets.pruning_config(model, density=1.0, granularity=self.granularity)
+        return replace(
+            structured,
+            criterion=self.method,
+            density=self.density,
+            scope=self.scope,
+            score_init=self.score_init,
+            penalty_lambda=self.penalty_lambda,
+            schedule=mvpfx.CubicSchedule(warmup=self.warmup, cooldown=self.cooldown),
+        )
+
+
+DENSE = "dense"
+DENSITIES = (0.10, 0.05, 0.03)
+
+
+def study(task: str) -> Iterator[Cell]:
+    """All cells of a task, the dense one first: distillation takes its model for a teacher."""
+    yield Cell(task, DENSE, 1.0)
+    for density in DENSITIES:
+        yield Cell(task, "magnitude", density)
+        for score_lr in (1e-2, 3e-2):
+            yield Cell(task, "movement", density, score_lr=score_lr)
+        for scope in ("local", "global"):
+            yield Cell(task, "platon", density, scope=scope)
+            yield Cell(task, "saliency", density, scope=scope)
+        yield Cell(task, "magnitude", density, scope="global")
+    yield Cell(task, "random", 0.10)
+    yield Cell(task, "movement", 0.10, score_init="zero")
+    yield Cell(task, "movement", 0.10, teacher=True)
+    yield Cell(task, "movement", 0.25, granularity="structured")
+
+
+def run(cell: Cell, workload: Workload, teacher: nn.Module | None) -> tuple[nn.Module, Any]:
+    """Train one cell. Returns the model, and what came out."""
+    model = copy.deepcopy(workload.model)
+    recipe = Recipe(cell.epochs, cell.batch_size, cell.lr, cell.score_lr, cell.seed)
+    scheduler = None
+    if cell.method != DENSE:
+        mvpfx.prepare(model, cell.config(model))
+        scheduler = mvpfx.SparsityScheduler(model, total_steps=recipe.total_steps(workload.train))
+    by_epoch: list[float] = []
+
+    def after_epoch() -> None:
+        assert workload.dev is not None
+        by_epoch.append(score(model, workload.dev))
+
+    start = time.perf_counter()
+    label = f"{cell.task} {cell.method} {cell.density:g}"
+    training.fine_tune(model, workload.train, recipe, label, scheduler, teacher, after_epoch)
+    seconds = time.perf_counter() - start
+    return model, {
+        "dev": by_epoch[-1],
+        "test": score(model, workload.test),
+        "dev_by_epoch": by_epoch,
+        "density": counted_density(model),
+        "seconds": round(seconds, 1),
+    }
+
+
+def score(model: nn.Module, split: Split) -> float:
+    """Accuracy in eval mode."""
+    return training.accuracy(*training.outputs(model, split))
+
+
+def counted_density(model: nn.Module) -> float:
+    """Fraction of the units of all masked weights that are kept; 1 without masks."""
+    from mvpfx.scheduler import masks_of
+
+    masks = masks_of(model)
+    units = sum(mask.units for mask in masks)
+    return sum(int(mask.kept().sum()) for mask in masks) / units if units else 1.0
+
+
+def done(path: Path) -> dict[str, dict[str, Any]]:
+    """The lines of a result file, by their cells."""
+    if not path.is_file():
+        return {}
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {key(Cell(**line["cell"])): line for line in lines}
+
+
+def key(cell: Cell) -> str:
+    """A text that is the same for the same cell."""
+    return json.dumps(asdict(cell), sort_keys=True)
+
+
+def run_all(cells: list[Cell], options: argparse.Namespace) -> None:
+    """Run the cells that have no line yet, and append their lines."""
+    for cell in cells:
+        if key(cell) in done(options.output):
+            continue
+        data = next(folder for folder in options.data if folder.name == cell.task)
+        workload = sentences(
+            options.model, data, seed=cell.seed, max_tokens=64, limit=options.limit
+        )
+        if workload.dev is None:
+            raise SystemExit(f"{data} has no dev.tsv, on which settings are chosen")
+        workload.model.to(options.device)
+        saved = options.teachers / f"{cell.task}-{cell.seed}.pt"
+        teacher = copy.deepcopy(workload.model) if cell.teacher else None
+        if teacher is not None:
+            teacher.load_state_dict(torch.load(saved, map_location=options.device))
+        model, result = run(cell, workload, teacher)
+        if cell.method == DENSE:
+            saved.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(model.state_dict(), saved)
+        environment = results_file.environment(next(model.parameters()).device)
+        line = {"cell": asdict(cell), **result, "environment": environment}
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        with options.output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        print(f"{cell}\n  dev {result['dev']:.4f}  test {result['test']:.4f}", flush=True)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", type=Path, required=True, help="folder of a pretrained encoder")
+    parser.add_argument("--data", type=Path, action="append", required=True, help="task folder")
+    parser.add_argument("--all", action="store_true", help="all cells of the study")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--teachers", type=Path, default=Path("teachers"), help="dense models")
+    parser.add_argument("--limit", type=int, help="use the first examples of each file only")
+    parser.add_argument("--threads", type=int, help="torch.set_num_threads")
+    parser.add_argument("--device", default="cpu")
+    for field in fields(Cell)[1:]:
+        flag = f"--{field.name.replace('_', '-')}"
+        if field.type == "bool":
+            parser.add_argument(flag, action="store_true")
+        else:
+            kind = {"float": float, "int": int, "str": str}[str(field.type)]
+            parser.add_argument(flag, type=kind)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run from the command line."""
+    options = parse(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    tasks = [folder.name for folder in options.data]
+    if options.all:
+        cells = [cell for task in tasks for cell in study(task)]
+    else:
+        given = {field.name: getattr(options, field.name) for field in fields(Cell)[1:]}
+        given = {name: value for name, value in given.items() if value is not None}
+        if "method" not in given:
+            raise SystemExit("say which cell: --method and --density, or --all")
+        given.setdefault("density", 1.0)
+        cells = [Cell(task, **given) for task in tasks]
+    run_all(cells, options)
+
+
+if __name__ == "__main__":
+    main()
