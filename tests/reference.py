@@ -134,7 +134,7 @@ class Run:
         return [top_v([s], round(density * s.size))[0] for s in ranked]
 
     def step(self, x: Array, target: Array, noise: list[Array]) -> None:
-        factors: list[Array] = [expand(m, self.block).astype(float) for m in self.masks()]
+        factors: list[Any] = [expand(m, self.block).astype(float) for m in self.masks()]
         slopes: list[Any] = [1.0 for _ in self.scores]
         if self.criterion == "l0":
             gates = [hard_concrete(s, u) for s, u in zip(self.scores, noise, strict=True)]
