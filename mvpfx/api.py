@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from mvpfx.adapters import adapted_model, is_adapter, without_adapters
 from mvpfx.comparison import compare_models
-from mvpfx.config import PruningConfig, Rule
+from mvpfx.config import PruningConfig
 from mvpfx.distributed import check_whole
 from mvpfx.facts import SPARSE
 from mvpfx.mask import Mask
@@ -29,6 +29,7 @@ from mvpfx.pipeline import Record, run
 from mvpfx.program import Program, copy_graph, full_name, parent_name
 from mvpfx.region import Region, make_region, region_modules, region_of
 from mvpfx.report import make_report
+from mvpfx.rule import Rule
 from mvpfx.site import Site
 from mvpfx.state import (
     State,

@@ -10,14 +10,18 @@ from typing import Any
 from mvpfx import criteria
 from mvpfx import granularity as granularities
 from mvpfx import schedule as schedules
-from mvpfx.checks import as_density, as_number
-from mvpfx.granularity import Granularity
 from mvpfx.patterns import check_pattern, merge_overrides
+from mvpfx.rule import (
+    DENSITY,
+    RULE_FIELDS,
+    Change,
+    Rule,
+    check_group_density,
+    check_ranked,
+    checked_field,
+)
 from mvpfx.schedule import CubicSchedule, Schedule
 from mvpfx.site import Site
-
-SCOPES = ("local", "global")
-SCORE_INITS = ("magnitude", "zero")
 
 
 class Overrides(Mapping[str, "Mapping[str, Any] | None"]):
@@ -42,53 +46,6 @@ class Overrides(Mapping[str, "Mapping[str, Any] | None"]):
         return repr(self._entries)
 
 
-class Change(Mapping[str, Any]):
-    """The fields that one override changes, read-only."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = dict(values)
-
-    def __getitem__(self, name: str) -> Any:
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __repr__(self) -> str:
-        return repr(self._values)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How one site is pruned: the configuration, with the overrides that match the site put in.
-
-    Attributes:
-        criterion: name of the rule that produces the scores.
-        granularity: shape of the unit that one score governs.
-        density: fraction of units kept at the end.
-        scope: "local" ranks within the site, "global" across sites.
-        score_init: first scores: "magnitude", "zero" or a number.
-        threshold: final cutoff of `sigmoid(scores)`, for criteria that have one.
-        penalty_lambda: final factor of the penalty, for criteria that have one.
-        criterion_options: numbers of the criterion's own.
-    """
-
-    criterion: str = "movement"
-    granularity: Granularity = field(default_factory=Granularity)
-    density: float = 0.15
-    scope: str = "local"
-    score_init: str | float = "magnitude"
-    threshold: float = 0.1
-    penalty_lambda: float = 100.0
-    criterion_options: Mapping[str, float] = field(default_factory=lambda: Change({}))
-
-
-RULE_FIELDS = tuple(f.name for f in fields(Rule))
-
-
 @dataclass(frozen=True)
 class PruningConfig:
     """All that `prepare` needs to know; checks itself at once and never changes.
@@ -100,8 +57,9 @@ class PruningConfig:
     Attributes:
         criterion: "movement", "soft_movement", "magnitude", "l0", "saliency", "ema_magnitude",
             "random" or "platon"; each is a class in `mvpfx.criteria`.
-        granularity: "element", "row", "column", or the (rows, cols) of a block.
-        density: final fraction of units kept, above 0 and at most 1.
+        granularity: "element", "row", "column", the (rows, cols) of a block, or "N:M", such as
+            "2:4", to keep N of each M weights that are neighbours along the inputs.
+        density: final fraction of units kept, above 0 and at most 1; N / M for "N:M".
         scope: "local" keeps that fraction of each weight, "global" of all weights together.
         score_init: "magnitude" starts from the rank of `abs(W)`, which small data sets need;
             "zero" is the paper's, for hundreds of thousands of examples; or a number for all. Only
@@ -123,7 +81,7 @@ class PruningConfig:
 
     criterion: str = "movement"
     granularity: str | tuple[int, int] = "element"
-    density: float = 0.15
+    density: float = DENSITY
     scope: str = "local"
     score_init: str | float = "magnitude"
     schedule: Schedule = field(default_factory=CubicSchedule)
@@ -134,8 +92,9 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         for name in RULE_FIELDS:
-            object.__setattr__(self, name, _checked(name, getattr(self, name)))
+            object.__setattr__(self, name, checked_field(name, getattr(self, name)))
         criteria.check_options(self.criterion, self.criterion_options)
+        check_group_density(self.granularity, self.density, DENSITY)
         _check_schedule(self.schedule)
         object.__setattr__(self, "overrides", _checked_overrides(self.overrides))
 
@@ -163,6 +122,9 @@ class PruningConfig:
             criteria.check_options(values["criterion"], values["criterion_options"])
             values["granularity"] = granularities.parse(values["granularity"])
             values["granularity"].check(site)
+            if values["granularity"].group is not None:
+                values["density"] = values["granularity"].density
+                check_ranked(values["criterion"], values["granularity"], site.name)
             rules[site.name] = Rule(**values)
         return rules
 
@@ -194,64 +156,11 @@ class PruningConfig:
         return cls(**values)
 
 
-def _checked(name: str, value: Any) -> Any:
-    """A rule's field as it is stored, or an error."""
-    if name == "criterion":
-        return criteria.find(value).name
-    if name == "granularity":
-        parsed = granularities.parse(value)
-        if isinstance(value, str):
-            return value
-        return (parsed.rows, parsed.cols)
-    if name == "density":
-        return as_density(value)
-    if name == "scope":
-        return _one_of("scope", value, SCOPES)
-    if name == "criterion_options":
-        return _checked_options(value)
-    if name == "score_init":
-        return value if value in SCORE_INITS else _constant_scores(value)
-    number = as_number(value, name)
-    if name == "threshold" and not 0 < number < 1:
-        raise ValueError(
-            "threshold must be above 0 and below 1: it is the cutoff of sigmoid(scores); "
-            f"found {value!r}."
-        )
-    if name == "penalty_lambda" and number < 0:
-        raise ValueError(f"penalty_lambda must be at least 0; found {value!r}.")
-    return number
-
-
-def _checked_options(value: object) -> Change:
-    """Options as they are stored; whether a criterion has them shows when it is known."""
-    if not isinstance(value, Mapping):
-        raise TypeError(f"criterion_options must map names to numbers; found {value!r}.")
-    return Change({str(k): as_number(v, f"criterion_options[{k!r}]") for k, v in value.items()})
-
-
-def _constant_scores(value: object) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return as_number(value, "score_init")
-    choice = ", ".join(f'"{word}"' for word in SCORE_INITS)
-    found = f"{value!r} ({type(value).__name__})"
-    error = ValueError if isinstance(value, str) else TypeError
-    raise error(f"score_init must be {choice} or a number; found {found}.")
-
-
 def _check_schedule(schedule: object) -> None:
     if not isinstance(schedule, Schedule):
         raise TypeError(
             f"schedule must be a Schedule, such as CubicSchedule(); found {schedule!r}."
         )
-
-
-def _one_of(name: str, value: object, known: tuple[str, ...]) -> str:
-    choice = " or ".join(f'"{word}"' for word in known)
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be {choice}; found {value!r}.")
-    if value not in known:
-        raise ValueError(f'{name} "{value}" is unknown. Use {choice}.')
-    return value
 
 
 def _checked_overrides(overrides: object) -> Overrides:
@@ -278,7 +187,10 @@ def _checked_overrides(overrides: object) -> Overrides:
                 f"It may change {', '.join(RULE_FIELDS)}."
             )
         try:
-            checked[pattern] = {name: _checked(name, value) for name, value in change.items()}
+            values = {name: checked_field(name, value) for name, value in change.items()}
+            if "density" in values and "granularity" in values:
+                check_group_density(values["granularity"], values["density"])
+            checked[pattern] = values
         except (TypeError, ValueError) as error:
             raise type(error)(f"overrides[{pattern!r}]: {error}") from None
     return Overrides(checked)

@@ -22,8 +22,8 @@ from mvpfx.score_init import initial_scores
 from mvpfx.straight_through import apply_mask
 
 if TYPE_CHECKING:
-    from mvpfx.config import Rule
     from mvpfx.mask import Mask
+    from mvpfx.rule import Rule
 
 
 @dataclass(frozen=True)

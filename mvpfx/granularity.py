@@ -8,6 +8,7 @@ matrices of stacked experts come one below the other.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,27 +22,36 @@ NAMED: dict[str, tuple[int | None, int | None]] = {
     "row": (1, None),
     "column": (None, 1),
 }
+_GROUP = re.compile("([0-9]+):([0-9]+)")
 
 
 @dataclass(frozen=True)
 class Granularity:
     """A unit of `rows` outputs by `cols` inputs; None stands for the whole dimension.
 
+    With `group` (N, M) the units are single weights, of which N stay in each M that are neighbours
+    along the inputs: the axis that sparse tensor cores group along.
+
     >>> parse((2, 3))
-    Granularity(rows=2, cols=3)
+    Granularity(rows=2, cols=3, group=None)
     >>> parse("row")
-    Granularity(rows=1, cols=None)
+    Granularity(rows=1, cols=None, group=None)
+    >>> parse("2:4")
+    Granularity(rows=1, cols=1, group=(2, 4))
     """
 
     rows: int | None = 1
     cols: int | None = 1
+    group: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         """As in a configuration: a name, or the sizes of a block.
 
-        >>> print(parse("element"), parse("row"), parse((32, 8)))
-        element row 32 x 8
+        >>> print(parse("element"), parse("row"), parse((32, 8)), parse("2:4"))
+        element row 32 x 8 2:4
         """
+        if self.group is not None:
+            return "{}:{}".format(*self.group)
         names = {sizes: name for name, sizes in NAMED.items()}
         sizes = (self.rows, self.cols)
         return names.get(sizes) or " x ".join("all" if n is None else str(n) for n in sizes)
@@ -50,6 +60,30 @@ class Granularity:
     def is_element(self) -> bool:
         """Whether each weight has a score of its own."""
         return self.rows == 1 and self.cols == 1
+
+    @property
+    def density(self) -> float | None:
+        """The fraction that `group` keeps; None where there is none.
+
+        >>> parse("2:4").density, parse("element").density
+        (0.5, None)
+        """
+        return None if self.group is None else self.group[0] / self.group[1]
+
+    def protect(self, importance: Tensor) -> Tensor:
+        """Where `group` is set, the top N of each M made infinite, so that they stay longest.
+
+        Of equal ones those of lower index are protected.
+
+        >>> parse("1:2").protect(torch.tensor([[3.0, 2.0, 1.0, 1.0]]))
+        tensor([[inf, 2., inf, 1.]])
+        """
+        if self.group is None:
+            return importance
+        keep, size = self.group
+        groups = importance.unflatten(1, (-1, size))
+        order = groups.argsort(dim=2, descending=True, stable=True)
+        return groups.scatter(2, order[..., :keep], math.inf).flatten(1)
 
     def block(self, site: Site) -> tuple[int, int]:
         """Size of one unit of `site`, as (outputs, inputs)."""
@@ -69,6 +103,9 @@ class Granularity:
         """
         (height, width), (rows, cols) = matrix_shape(site), self.block(site)
         height //= site.parts
+        if self.group is not None:
+            self._check_groups(site, self.group[1], width)
+            return
         sizes = [("height", height, rows), ("width", width, cols)]
         bad = [(word, size, part) for word, size, part in sizes if size % part or not size]
         if not bad:
@@ -83,6 +120,15 @@ class Granularity:
             f"({sums}).\nUse {repair}, or leave the site out: "
             f'overrides={{"{site.module_name or site.name}": None}}'
         )
+
+    def _check_groups(self, site: Site, size: int, width: int) -> None:
+        if width % size or not width:
+            raise ValueError(
+                f"{site.name} has {width} inputs, which groups of {size} do not tile "
+                f"({width} = {width // size} * {size} + {width % size}).\n"
+                f"Use groups whose size divides {width}, or leave the site out: "
+                f'overrides={{"{site.module_name or site.name}": None}}'
+            )
 
     def reduce(self, matrix: Tensor, parts: int = 1) -> Tensor:
         """Sum over each unit: `[outputs, inputs]` -> `[r, c]`, of as many `parts` as the site has.
@@ -118,22 +164,25 @@ def parse(value: object) -> Granularity:
         return value
     names = ", ".join(f'"{name}"' for name in NAMED)
     if isinstance(value, str):
+        match = _GROUP.fullmatch(value)
+        if match and 0 < int(match[1]) < int(match[2]):
+            return Granularity(group=(int(match[1]), int(match[2])))
         if value not in NAMED:
             raise ValueError(
-                f'granularity "{value}" is unknown. Use {names}, '
-                "or the (rows, cols) of a block, such as (32, 32)."
+                f'granularity "{value}" is unknown. Use {names}, "N:M" with N below M, such as '
+                '"2:4", or the (rows, cols) of a block, such as (32, 32).'
             )
         return Granularity(*NAMED[value])
     sizes: list[object] = list(value) if isinstance(value, Sequence) else []
     whole = [size for size in sizes if isinstance(size, int) and not isinstance(size, bool)]
     if len(sizes) != 2 or len(whole) != 2:
         raise TypeError(
-            f"granularity must be {names}, or the (rows, cols) of a block as two whole numbers; "
-            f"found {value!r}."
+            f'granularity must be {names}, "N:M", or the (rows, cols) of a block as two whole '
+            f"numbers; found {value!r}."
         )
     if min(whole) < 1:
         raise ValueError(f"a block needs at least 1 row and 1 column; found {value!r}.")
-    return Granularity(*whole)
+    return Granularity(whole[0], whole[1])
 
 
 def matrix_shape(site: Site) -> tuple[int, int]:

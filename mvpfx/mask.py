@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from mvpfx.checks import check_scores_dtype, check_weight, count_nan
-from mvpfx.config import Rule
 from mvpfx.criteria import find
 from mvpfx.criterion import Criterion
 from mvpfx.distributed import gathered, is_sharded, version
@@ -17,6 +16,7 @@ from mvpfx.granularity import from_matrix, matrix_shape, to_matrix
 from mvpfx.mask_operator import traced_mask
 from mvpfx.mask_state import MaskState
 from mvpfx.ranking import Ranking
+from mvpfx.rule import Rule
 from mvpfx.schedule import Schedule
 from mvpfx.site import Site
 from mvpfx.torch_private import is_fake, modes_off, transforms_off

@@ -18,7 +18,7 @@ from mvpfx.site import Site
 from mvpfx.weights import parameter_names
 
 if TYPE_CHECKING:
-    from mvpfx.config import Rule
+    from mvpfx.rule import Rule
 
 
 @dataclass(frozen=True)

@@ -66,32 +66,26 @@ class Ranking:
         key = self.state()
         place = next(i for i, member in enumerate(self.masks) if member is mask)
         if any(member.shard is not None for member in self.masks):
+            importance = gathered(mask.criterion.importance(mask))
+            if len(self.masks) == 1:
+                return self._top_alone(importance)
             if key is not self._key or not self._counts:
                 self._counts, self._key = self._kept_counts(), key
-            importance = gathered(mask.criterion.importance(mask))
-            if self._by_parts():
-                return self._top_of_parts(importance)
             return top_v([importance], self._counts[place])[0]
         if key is not self._key or not self._kept:
             self._kept, self._key = self._select(), key
         return self._kept[place]
 
-    def _by_parts(self) -> bool:
-        """Whether the only member stacks several matrices that are ranked one by one."""
-        first = self.masks[0]
-        return len(self.masks) == 1 and first.site.parts > 1 and first.rule.scope == "local"
-
-    def _top_of_parts(self, importance: Tensor) -> Tensor:
-        density = self._density()
-        parts = importance.chunk(self.masks[0].site.parts)
+    def _top_alone(self, importance: Tensor) -> Tensor:
+        """What the only member keeps: of each of its parts as much, where it is of local scope."""
+        mask, density = self.masks[0], self._density()
+        importance = mask.granularity.protect(importance)
+        parts = importance.chunk(mask.site.parts if mask.rule.scope == "local" else 1)
         return torch.cat([top_v([part], round(density * part.numel()))[0] for part in parts])
 
     def _kept_counts(self) -> list[int]:
         """How many units each member keeps, where they are sharded over ranks."""
-        density = self._density()
-        count = round(density * sum(mask.units for mask in self.masks))
-        if len(self.masks) == 1:
-            return [count]
+        count = round(self._density() * sum(mask.units for mask in self.masks))
         return kept_counts(self.masks, [m.criterion.importance(m) for m in self.masks], count)
 
     def _density(self) -> float:
@@ -116,8 +110,8 @@ class Ranking:
         importances = [mask.criterion.importance(mask) for mask in self.masks]
         for mask, importance in zip(self.masks, importances, strict=True):
             mask.check_finite(importance)
-        if self._by_parts():
-            return [self._top_of_parts(importances[0])]
+        if len(self.masks) == 1:
+            return [self._top_alone(importances[0])]
         units = sum(importance.numel() for importance in importances)
         return top_v(importances, round(density * units))
 
@@ -126,7 +120,7 @@ def rank_together(masks: Iterable[Mask]) -> list[Ranking]:
     """Give each mask its ranking, and return the rankings; forgets those they were in before.
 
     Masks of global scope that share criterion, its options and density are ranked together; all
-    others alone.
+    others alone, and those that keep N of each M, where the groups leave no choice between sites.
 
     Args:
         masks: all masks of a model, in order of their sites.
@@ -134,7 +128,8 @@ def rank_together(masks: Iterable[Mask]) -> list[Ranking]:
     pools: dict[Hashable, list[Mask]] = {}
     for mask in masks:
         rule = mask.rule
-        together = rule.scope == "global" and mask.criterion.pooled
+        grouped = rule.granularity.group is not None
+        together = rule.scope == "global" and mask.criterion.pooled and not grouped
         options = tuple(sorted(rule.criterion_options.items()))
         key = (rule.criterion, options, rule.density) if together else id(mask)
         pools.setdefault(key, []).append(mask)

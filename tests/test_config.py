@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from mvpfx.config import PruningConfig, Rule
+from mvpfx.config import PruningConfig
 from mvpfx.granularity import parse
+from mvpfx.rule import Rule
 from mvpfx.schedule import ConstantSchedule, CubicSchedule, LinearSchedule
 from mvpfx.site import Site
 from tests.toy_masks import raises
@@ -62,8 +63,8 @@ HOW = 'To leave a weight alone, use overrides={"its name": None}.'
         (
             {"granularity": "rows"},
             ValueError,
-            'granularity "rows" is unknown. Use "element", "row", "column", '
-            "or the (rows, cols) of a block, such as (32, 32).",
+            'granularity "rows" is unknown. Use "element", "row", "column", "N:M" with '
+            'N below M, such as "2:4", or the (rows, cols) of a block, such as (32, 32).',
         ),
         (
             {"criterion": "platon", "criterion_options": {"beta": 0.9}},
@@ -84,6 +85,17 @@ HOW = 'To leave a weight alone, use overrides={"its name": None}.'
             {"criterion_options": 0.9},
             TypeError,
             "criterion_options must map names to numbers; found 0.9.",
+        ),
+        (
+            {"granularity": "2:4", "density": 0.1},
+            ValueError,
+            'granularity "2:4" keeps 0.5 of the weights; found density=0.1. Leave density out.',
+        ),
+        (
+            {"overrides": {"ffn": {"granularity": "2:4", "density": 0.15}}},
+            ValueError,
+            "overrides['ffn']: granularity \"2:4\" keeps 0.5 of the weights; found density=0.15. "
+            "Leave density out.",
         ),
         ({"scope": "world"}, ValueError, 'scope "world" is unknown. Use "local" or "global".'),
         ({"scope": None}, TypeError, 'scope must be "local" or "global"; found None.'),
@@ -217,3 +229,35 @@ def test_a_block_that_does_not_tile_names_the_site() -> None:
     with raises(ValueError, message):
         rules({"classifier": {}}, granularity=(32, 32))
     assert list(rules({"classifier": None}, granularity=(32, 32))) == DEFAULTS
+
+
+def test_n_of_m_sets_the_density_of_its_sites() -> None:
+    sites = [Site("ffn.weight", (8, 8)), Site("out.weight", (8, 8))]
+    config = PruningConfig(density=0.1, overrides={"ffn": {"granularity": "2:4"}})
+    rules = config.rules(sites, [site.name for site in sites])
+    assert [rule.density for rule in rules.values()] == [0.5, 0.1]
+    assert PruningConfig.from_json(config.to_json()) == config
+    assert (
+        PruningConfig(granularity="1:4").rules(sites, ["ffn.weight"])["ffn.weight"].density == 0.25
+    )
+
+
+def test_n_of_m_needs_a_criterion_that_ranks() -> None:
+    config = PruningConfig(criterion="soft_movement", granularity="2:4")
+    message = (
+        'ffn.weight: criterion "soft_movement" keeps what its scores say, and granularity "2:4" a '
+        'number of each group. Use a criterion that ranks, such as "movement".'
+    )
+    with raises(ValueError, message):
+        config.rules([Site("ffn.weight", (8, 8))], ["ffn.weight"])
+
+
+def test_an_override_of_the_criterion_starts_without_options() -> None:
+    sites = [Site("ffn.weight", (8, 8)), Site("out.weight", (8, 8))]
+    config = PruningConfig(
+        criterion="ema_magnitude",
+        criterion_options={"beta": 0.5},
+        overrides={"ffn": {"criterion": "platon"}},
+    )
+    rules = config.rules(sites, [site.name for site in sites])
+    assert [dict(rule.criterion_options) for rule in rules.values()] == [{}, {"beta": 0.5}]

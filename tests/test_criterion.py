@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from mvpfx import criteria
-from mvpfx.config import PruningConfig, Rule
+from mvpfx.config import PruningConfig
 from mvpfx.criterion import Criterion, Option
 from mvpfx.mask import Mask
+from mvpfx.rule import Rule
 from mvpfx.scheduler import SparsityScheduler
 from mvpfx.score_init import rank
 from mvpfx.site import Site

@@ -3,13 +3,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mvpfx
-from mvpfx.config import Rule
 from mvpfx.facts import is_mask_node
 from mvpfx.mask import Mask
 from mvpfx.passes.fold_masks import FoldMasks
 from mvpfx.passes.insert_masks import InsertMasks
 from mvpfx.pipeline import run
 from mvpfx.program import Program, graph_text
+from mvpfx.rule import Rule
 from mvpfx.site import Site
 from mvpfx.weights import layer_sites
 from tests.graphs import applied, apply, built, declined, mlp, outputs, program_of

@@ -13,6 +13,7 @@ from tests.toy_masks import raises, values
 
 
 def test_names_and_blocks_are_read() -> None:
+    assert parse("2:4") == Granularity(group=(2, 4)) and parse("2:4").is_element
     assert parse("element") == Granularity(1, 1)
     assert parse("row") == Granularity(1, None)
     assert parse("column") == Granularity(None, 1)
@@ -25,8 +26,14 @@ def test_names_and_blocks_are_read() -> None:
         (
             "diagonal",
             ValueError,
-            'granularity "diagonal" is unknown. Use "element", "row", "column", '
-            "or the (rows, cols) of a block, such as (32, 32).",
+            'granularity "diagonal" is unknown. Use "element", "row", "column", "N:M" with '
+            'N below M, such as "2:4", or the (rows, cols) of a block, such as (32, 32).',
+        ),
+        (
+            "4:4",
+            ValueError,
+            'granularity "4:4" is unknown. Use "element", "row", "column", "N:M" with '
+            'N below M, such as "2:4", or the (rows, cols) of a block, such as (32, 32).',
         ),
         (
             (32, 0),
@@ -36,25 +43,25 @@ def test_names_and_blocks_are_read() -> None:
         (
             (32,),
             TypeError,
-            'granularity must be "element", "row", "column", or the (rows, cols) of a block '
+            'granularity must be "element", "row", "column", "N:M", or the (rows, cols) of a block '
             "as two whole numbers; found (32,).",
         ),
         (
             (True, 4),
             TypeError,
-            'granularity must be "element", "row", "column", or the (rows, cols) of a block '
+            'granularity must be "element", "row", "column", "N:M", or the (rows, cols) of a block '
             "as two whole numbers; found (True, 4).",
         ),
         (
             (4.0, 4),
             TypeError,
-            'granularity must be "element", "row", "column", or the (rows, cols) of a block '
+            'granularity must be "element", "row", "column", "N:M", or the (rows, cols) of a block '
             "as two whole numbers; found (4.0, 4).",
         ),
         (
             7,
             TypeError,
-            'granularity must be "element", "row", "column", or the (rows, cols) of a block '
+            'granularity must be "element", "row", "column", "N:M", or the (rows, cols) of a block '
             "as two whole numbers; found 7.",
         ),
     ],
@@ -86,6 +93,27 @@ def test_a_block_that_does_not_tile_in_both_on_a_transposed_weight() -> None:
     )
     with raises(ValueError, message):
         parse((4, 4)).check(site)
+
+
+def test_groups_that_do_not_tile_the_inputs() -> None:
+    message = (
+        "h.0.c_fc.weight has 6 inputs, which groups of 4 do not tile (6 = 1 * 4 + 2).\n"
+        "Use groups whose size divides 6, or leave the site out: "
+        'overrides={"h.0.c_fc": None}'
+    )
+    with raises(ValueError, message):
+        parse("2:4").check(Site("h.0.c_fc.weight", (6, 8), out_dim=1))
+    parse("2:4").check(Site("h.0.c_fc.weight", (6, 8)))
+
+
+@pytest.mark.parametrize("text", ["1:2", "2:4", "3:8"])
+def test_the_top_of_each_group_is_protected(text: str) -> None:
+    keep, size = (int(number) for number in text.split(":"))
+    importance = torch.randint(0, 3, (5, 16), generator=torch.Generator().manual_seed(0)).float()
+    protected = parse(text).protect(importance).isinf()
+    for row, found in zip(importance.view(-1, size), protected.view(-1, size), strict=True):
+        wanted = sorted(range(size), key=lambda i: (-float(row[i]), i))[:keep]
+        assert sorted(wanted) == found.nonzero().flatten().tolist()
 
 
 def test_a_block_larger_than_the_weight_of_the_root() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import mvpfx
 from mvpfx.mask import Mask
 from mvpfx.ranking import rank_together, top_v
+from mvpfx.schedule import CubicSchedule
 from mvpfx.torch_private import is_fake
 from tests import reference
 from tests.toy_masks import Stack, make_mask, raises, values
@@ -95,6 +96,28 @@ def test_global_scope_moves_density_to_where_scores_are_high() -> None:
     assert (first.density_now, second.density_now) == (0.25, 0.75)
 
 
+@pytest.mark.parametrize("out_dim", [0, 1])
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("text", ["2:4", "1:2", "3:8"])
+def test_n_of_m_stay_among_neighbouring_inputs(text: str, scope: str, out_dim: int) -> None:
+    keep, size = (int(number) for number in text.split(":"))
+    mask, weight = make_mask(
+        values(16, 24), text, out_dim, criterion="magnitude", density=keep / size, scope=scope
+    )
+    mask.plan = CubicSchedule(warmup=0, cooldown=0)
+    matrix = weight.detach() if out_dim == 0 else weight.detach().t()
+    order = matrix.abs().unflatten(1, (-1, size)).argsort(2, descending=True)
+    best = torch.zeros_like(order, dtype=torch.bool).scatter(2, order[..., :keep], True).flatten(1)
+    for step in range(9):
+        mask.set_step(step, 8)
+        kept = mask.kept()
+        assert mask.density is not None
+        assert int(kept.sum()) == round(mask.density * kept.numel()), "as smooth as any other"
+        assert kept[best].all(), "the best of each group stay longest"
+    assert torch.equal(mask.kept(), best)
+    assert torch.equal(mask.mask() if out_dim == 0 else mask.mask().t(), best)
+
+
 def test_who_is_ranked_together() -> None:
     def mask(**fields: Any) -> Mask:
         return make_mask(values(2, 2), **fields)[0]
@@ -104,8 +127,9 @@ def test_who_is_ranked_together() -> None:
     other_density = mask(scope="global", density=0.5)
     other_criterion = mask(scope="global", criterion="magnitude")
     soft = [mask(scope="global", criterion="soft_movement") for _ in range(2)]
-    rankings = rank_together([*local, *pool, other_density, other_criterion, *soft])
-    assert [len(ranking.masks) for ranking in rankings] == [1, 1, 2, 1, 1, 1, 1]
+    groups = [make_mask(values(2, 4), "2:4", scope="global", density=0.5)[0] for _ in range(2)]
+    rankings = rank_together([*local, *pool, other_density, other_criterion, *soft, *groups])
+    assert [len(ranking.masks) for ranking in rankings] == [1, 1, 2, 1, 1, 1, 1, 1, 1]
     assert pool[0].ranking is pool[1].ranking
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mvpfx.config import Rule
 from mvpfx.granularity import parse
 from mvpfx.mask import Mask
 from mvpfx.ranking import rank_together
+from mvpfx.rule import Rule
 from mvpfx.schedule import CubicSchedule, Schedule
 from mvpfx.site import Site
 

@@ -14,8 +14,8 @@ from mvpfx.granularity import from_matrix, matrix_shape
 from mvpfx.score_init import rank
 
 if TYPE_CHECKING:
-    from mvpfx.config import Rule
     from mvpfx.mask import Mask
+    from mvpfx.rule import Rule
 
 LEAST, MOST, TEMPERATURE = -0.1, 1.1, 2 / 3
 """The interval that gates are stretched to before they are cut to [0, 1], and the temperature."""

@@ -11,8 +11,8 @@ from mvpfx.criterion import Criterion, Progress, Targets
 from mvpfx.distributed import gathered, mean
 
 if TYPE_CHECKING:
-    from mvpfx.config import Rule
     from mvpfx.mask import Mask
+    from mvpfx.rule import Rule
 
 
 class SoftMovement(Criterion):

@@ -1,0 +1,137 @@
+"""Rules: how one site is pruned, and the checks of what may stand in a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from mvpfx import criteria
+from mvpfx import granularity as granularities
+from mvpfx.checks import as_density, as_number
+from mvpfx.granularity import Granularity
+
+SCOPES = ("local", "global")
+DENSITY = 0.15
+"""Of a configuration that says nothing of it."""
+SCORE_INITS = ("magnitude", "zero")
+
+
+class Change(Mapping[str, Any]):
+    """The fields that one override changes, read-only."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return repr(self._values)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one site is pruned: the configuration, with the overrides that match the site put in.
+
+    Attributes:
+        criterion: name of the rule that produces the scores.
+        granularity: shape of the unit that one score governs.
+        density: fraction of units kept at the end.
+        scope: "local" ranks within the site, "global" across sites.
+        score_init: first scores: "magnitude", "zero" or a number.
+        threshold: final cutoff of `sigmoid(scores)`, for criteria that have one.
+        penalty_lambda: final factor of the penalty, for criteria that have one.
+        criterion_options: numbers of the criterion's own.
+    """
+
+    criterion: str = "movement"
+    granularity: Granularity = field(default_factory=Granularity)
+    density: float = DENSITY
+    scope: str = "local"
+    score_init: str | float = "magnitude"
+    threshold: float = 0.1
+    penalty_lambda: float = 100.0
+    criterion_options: Mapping[str, float] = field(default_factory=lambda: Change({}))
+
+
+RULE_FIELDS = tuple(f.name for f in fields(Rule))
+
+
+def checked_field(name: str, value: Any) -> Any:
+    """A rule's field as it is stored, or an error."""
+    if name == "criterion":
+        return criteria.find(value).name
+    if name == "granularity":
+        parsed = granularities.parse(value)
+        if isinstance(value, str):
+            return value
+        return (parsed.rows, parsed.cols)
+    if name == "density":
+        return as_density(value)
+    if name == "scope":
+        return _one_of("scope", value, SCOPES)
+    if name == "criterion_options":
+        return _checked_options(value)
+    if name == "score_init":
+        return value if value in SCORE_INITS else _constant_scores(value)
+    number = as_number(value, name)
+    if name == "threshold" and not 0 < number < 1:
+        raise ValueError(
+            "threshold must be above 0 and below 1: it is the cutoff of sigmoid(scores); "
+            f"found {value!r}."
+        )
+    if name == "penalty_lambda" and number < 0:
+        raise ValueError(f"penalty_lambda must be at least 0; found {value!r}.")
+    return number
+
+
+def check_group_density(granularity: Any, density: float, unsaid: float | None = None) -> None:
+    """Make sure that no density is asked for that "N:M" does not give."""
+    given = granularities.parse(granularity).density
+    if given is not None and density not in (given, unsaid):
+        raise ValueError(
+            f'granularity "{granularity}" keeps {given:g} of the weights; found '
+            f"density={density:g}. Leave density out."
+        )
+
+
+def check_ranked(criterion: str, granularity: Granularity, name: str) -> None:
+    """Make sure that a criterion ranks, where N of M are to be kept."""
+    if not criteria.find(criterion).pooled:
+        raise ValueError(
+            f'{name}: criterion "{criterion}" keeps what its scores say, and granularity '
+            f'"{granularity}" a number of each group. Use a criterion that ranks, such as '
+            '"movement".'
+        )
+
+
+def _checked_options(value: object) -> Change:
+    """Options as they are stored; whether a criterion has them shows when it is known."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"criterion_options must map names to numbers; found {value!r}.")
+    return Change({str(k): as_number(v, f"criterion_options[{k!r}]") for k, v in value.items()})
+
+
+def _constant_scores(value: object) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return as_number(value, "score_init")
+    choice = ", ".join(f'"{word}"' for word in SCORE_INITS)
+    found = f"{value!r} ({type(value).__name__})"
+    error = ValueError if isinstance(value, str) else TypeError
+    raise error(f"score_init must be {choice} or a number; found {found}.")
+
+
+def _one_of(name: str, value: object, known: tuple[str, ...]) -> str:
+    choice = " or ".join(f'"{word}"' for word in known)
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be {choice}; found {value!r}.")
+    if value not in known:
+        raise ValueError(f'{name} "{value}" is unknown. Use {choice}.')
+    return value
