@@ -21,6 +21,10 @@ MODELS: list[dict[str, Any]] = [
     {"name": "bert", "criterion": "magnitude", "scope": "global"},
     {"name": "odd", "criterion": "magnitude"},
     {"name": "odd", "criterion": "soft_movement", "threshold": 0.7, "penalty_lambda": 3.0},
+    {"name": "bert", "criterion": "platon", "scope": "global"},
+    {"name": "odd", "criterion": "saliency"},
+    {"name": "odd", "criterion": "ema_magnitude", "scope": "global"},
+    {"name": "bert", "granularity": "2:4", "density": 0.5},
     {"name": "llama", "scope": "global"},
 ]
 ENGINES = ["ddp", "fsdp", "fsdp_kept"]
