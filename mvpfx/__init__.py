@@ -10,13 +10,14 @@ from mvpfx import distributed
 from mvpfx.api import convert, graphs, prepare
 from mvpfx.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from mvpfx.config import PruningConfig
+from mvpfx.cut_schedule import OneShotSchedule, StepSchedule
 from mvpfx.distillation import Distillation, distillation_loss
 from mvpfx.explanation import explain
 from mvpfx.optim import parameter_groups
 from mvpfx.penalty import penalty
 from mvpfx.report import Report, sparsity_table
 from mvpfx.saved_config import pruning_config
-from mvpfx.schedule import ConstantSchedule, CubicSchedule, LinearSchedule
+from mvpfx.schedule import ConstantSchedule, CubicSchedule, ExponentialSchedule, LinearSchedule
 from mvpfx.scheduler import SparsityScheduler
 from mvpfx.state import report_of
 
@@ -27,10 +28,13 @@ __all__ = [
     "ConstantSchedule",
     "CubicSchedule",
     "Distillation",
+    "ExponentialSchedule",
     "LinearSchedule",
+    "OneShotSchedule",
     "PruningConfig",
     "Report",
     "SparsityScheduler",
+    "StepSchedule",
     "convert",
     "distillation_loss",
     "distributed",

@@ -9,7 +9,7 @@ from typing import Any
 
 from mvpfx import criteria
 from mvpfx import granularity as granularities
-from mvpfx import schedule as schedules
+from mvpfx import saved_schedule as schedules
 from mvpfx.patterns import check_pattern, merge_overrides
 from mvpfx.rule import (
     DENSITY,

@@ -91,6 +91,7 @@ class Mask(MaskState):
     @plan.setter
     def plan(self, schedule: Schedule | None) -> None:
         self._plan = schedule
+        self.make_room(schedule, self.granularity.units_shape(self.site))
         self._set_targets(0, schedule.start if schedule else lambda initial, final: initial)
 
     def plan_text(self) -> str:
@@ -119,6 +120,13 @@ class Mask(MaskState):
         targets = self.criterion.targets(self.rule, progress)
         self.density, self.threshold = targets.density, targets.threshold
         self.penalty_lambda, self.step = targets.penalty_lambda, step
+        self.forget()
+
+    def freeze(self, kept: Tensor) -> None:
+        """Keep these units, bool `[r, c]`, from now on."""
+        assert self.frozen_kept is not None, "the schedule freezes"
+        self.frozen_kept.copy_(kept)
+        self.frozen = True
         self.forget()
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -241,7 +249,8 @@ class Mask(MaskState):
                 stored = self.stored()
                 if stored is not None:
                     self.check_finite(stored.detach())
-                kept = self.criterion.kept(self)
+                kept = self.frozen_kept if self.frozen else self.criterion.kept(self)
+                assert kept is not None
                 matrix = self.granularity.expand(kept, *matrix_shape(self.site))
                 site = self.site
                 mask = from_matrix(matrix, site.shape, site.out_dim, site.parts).contiguous()
@@ -252,6 +261,8 @@ class Mask(MaskState):
 
     def own_state(self) -> Hashable:
         """What this mask depends on, to be compared: changes where scores, weight or targets do."""
+        if self.frozen and self.frozen_kept is not None:
+            return "frozen", *version(self.frozen_kept)
         source = self.source()
         if is_fake(source) or source.is_inference():
             return object()

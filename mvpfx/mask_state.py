@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mvpfx.distributed import is_sharded
 from mvpfx.mask_operator import register_source
+from mvpfx.schedule import Rewind, Schedule
 from mvpfx.torch_private import is_fake, untransformed
 
 
@@ -22,15 +23,22 @@ class MaskState(nn.Module):
     Attributes:
         scores: float32 `[r, c]` whatever the dtype of the weight; None where not stored.
         handle: by which compiled graphs find this very mask.
+        frozen: whether `frozen_kept` says what stays, not the criterion.
+        frozen_kept: bool `[r, c]`, which units stay; None where the schedule never freezes.
+        remembered_weight: what the weight goes back to; None where the schedule never rewinds.
     """
 
     scores: Tensor | None
+    frozen_kept: Tensor | None
+    remembered_weight: Tensor | None
     _weight: nn.Parameter
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
         self.hold(weight)
-        self.register_buffer("scores", None)
+        for name in ("scores", "frozen_kept", "remembered_weight"):
+            self.register_buffer(name, None)
+        self.frozen = False
         self.handle = register_source(self)
 
     def hold(self, weight: nn.Parameter) -> None:
@@ -45,6 +53,24 @@ class MaskState(nn.Module):
     def mask(self) -> Tensor:
         """Which weights stay now, bool, of the weight's shape."""
         raise NotImplementedError
+
+    def make_room(self, schedule: Schedule | None, units: tuple[int, int]) -> None:
+        """Hold what a schedule needs beside scores; the weight as it is is the first remembered."""
+        freezes, remembers = (schedule.freezes, schedule.remembers) if schedule else (False, False)
+        weight = self._weight.detach()
+        self.frozen = False
+        self.frozen_kept = weight.new_ones(units, dtype=torch.bool) if freezes else None
+        self.remembered_weight = weight.clone() if remembers else None
+
+    @torch.no_grad()
+    def rewind(self, action: Rewind) -> None:
+        """Remember the weight as it is, or put it back to what was remembered."""
+        remembered = self.remembered_weight
+        assert remembered is not None, "the schedule rewinds"
+        if action == "remember":
+            remembered.copy_(self._weight)
+        else:
+            self._weight.copy_(remembered)
 
     def require_scores(self) -> Tensor:
         """The scores, where they are stored; a `DTensor` outside of a forward if sharded."""

@@ -8,17 +8,37 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import ClassVar
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal
 
 from mvpfx.checks import as_number
+
+Rewind = Literal["remember", "restore"]
+"""Weights are remembered as they are, or put back to what was remembered."""
 
 
 class Schedule(ABC):
     """A pure function of the optimizer step: from `initial` to `final` in `total_steps`."""
 
     name: ClassVar[str]
+
+    def frozen(self, step: int, total_steps: int) -> bool:
+        """Whether the masks stay what they are from this step on, whatever scores do."""
+        return False
+
+    def rewinds(self, step: int, total_steps: int) -> Rewind | None:
+        """What happens to the weights after `step` optimizer steps: mostly nothing."""
+        return None
+
+    @property
+    def freezes(self) -> bool:
+        """Whether `frozen` is ever true, so that masks have to be stored."""
+        return False
+
+    @property
+    def remembers(self) -> bool:
+        """Whether `rewinds` ever says anything, so that weights have to be stored."""
+        return False
 
     @abstractmethod
     def __call__(self, step: int, total_steps: int, initial: float, final: float) -> float:
@@ -44,7 +64,7 @@ class Schedule(ABC):
         """Name and options, fit for JSON.
 
         >>> CubicSchedule(warmup=100).to_dict()
-        {'name': 'cubic', 'warmup': 100, 'cooldown': 0.2}
+        {'name': 'cubic', 'warmup': 100, 'cooldown': 0.2, 'freeze': False}
         """
         return {"name": self.name, **asdict(self)}  # pyright: ignore[reportArgumentType, reportCallIssue]
 
@@ -79,23 +99,22 @@ class RampSchedule(Schedule):
         warmup: how long the initial value is held; a float is a fraction of the run (rounded down
             to whole optimizer steps), an int is a number of optimizer steps.
         cooldown: the same, for the final value.
+        freeze: whether the masks stay as they are in the cool-down, while weights still learn. By
+            default only how much is kept is fixed then, and what is kept still follows the scores.
 
     Raises:
-        TypeError: if either is not a number.
+        TypeError: if either is not a number, or `freeze` no bool.
         ValueError: if either is negative, or together they leave no step to ramp in.
     """
 
     warmup: float | int = 0.1
     cooldown: float | int = 0.2
+    freeze: bool = False
 
     def __post_init__(self) -> None:
-        for field, value in (("warmup", self.warmup), ("cooldown", self.cooldown)):
-            number = as_number(value, field)
-            if number < 0 or (isinstance(value, float) and number >= 1):
-                raise ValueError(
-                    f"{field} must be a fraction of the run in [0, 1) as a float, "
-                    f"or a number of optimizer steps as an int; found {value!r}."
-                )
+        check_part("warmup", self.warmup)
+        check_part("cooldown", self.cooldown)
+        check_flag("freeze", self.freeze)
         if isinstance(self.warmup, float) and isinstance(self.cooldown, float):
             whole = self.warmup + self.cooldown
             if whole >= 1:
@@ -105,8 +124,8 @@ class RampSchedule(Schedule):
                 )
 
     @abstractmethod
-    def _shape(self, left: float) -> float:
-        """Share of the way still to go, given the share `left` of the ramp's steps."""
+    def _value(self, passed: float, initial: float, final: float) -> float:
+        """The value where the share `passed` of the ramp's steps is behind, in [0, 1)."""
 
     def resolve(self, total_steps: int) -> tuple[int, int]:
         """Warm-up and cool-down in optimizer steps, for a run of `total_steps`.
@@ -117,10 +136,7 @@ class RampSchedule(Schedule):
         Raises:
             ValueError: if they take the whole run.
         """
-        warmup, cooldown = (
-            math.floor(part * total_steps + 1e-9) if isinstance(part, float) else part
-            for part in (self.warmup, self.cooldown)
-        )
+        warmup, cooldown = (whole_steps(part, total_steps) for part in (self.warmup, self.cooldown))
         if warmup + cooldown >= total_steps:
             raise ValueError(
                 f"a warm-up of {warmup} and a cool-down of {cooldown} steps leave no step to prune "
@@ -136,8 +152,17 @@ class RampSchedule(Schedule):
             return initial
         if step >= total_steps - cooldown:
             return final
-        left = 1 - (step - warmup) / (total_steps - cooldown - warmup)
-        return final + (initial - final) * self._shape(left)
+        passed = (step - warmup) / (total_steps - cooldown - warmup)
+        return self._value(passed, initial, final)
+
+    def frozen(self, step: int, total_steps: int) -> bool:
+        """In the cool-down, if `freeze` says so."""
+        return self.freeze and step >= total_steps - self.resolve(total_steps)[1]
+
+    @property
+    def freezes(self) -> bool:
+        """As `freeze` says."""
+        return self.freeze
 
     def start(self, initial: float, final: float) -> float:
         """`initial`: a ramp always starts there, with or without warm-up."""
@@ -163,8 +188,8 @@ class CubicSchedule(RampSchedule):
 
     name: ClassVar[str] = "cubic"
 
-    def _shape(self, left: float) -> float:
-        return left**3
+    def _value(self, passed: float, initial: float, final: float) -> float:
+        return final + (initial - final) * (1 - passed) ** 3
 
 
 @dataclass(frozen=True)
@@ -178,33 +203,65 @@ class LinearSchedule(RampSchedule):
 
     name: ClassVar[str] = "linear"
 
-    def _shape(self, left: float) -> float:
-        return left
+    def _value(self, passed: float, initial: float, final: float) -> float:
+        return final + (initial - final) * (1 - passed)
 
 
-_SCHEDULES: dict[str, type[CubicSchedule | LinearSchedule | ConstantSchedule]] = {
-    kind.name: kind for kind in (CubicSchedule, LinearSchedule, ConstantSchedule)
-}
+@dataclass(frozen=True)
+class ExponentialSchedule(RampSchedule):
+    """The same share of what is left, step by step: `v(t) = v_i * (v_f / v_i)^p`.
+
+    `p` is the share of the ramp that is behind. A value that comes from 0 or goes there, such as a
+    threshold, moves linearly.
+
+    >>> exponential = ExponentialSchedule(warmup=0.1, cooldown=0.2)
+    >>> [round(exponential(step, 1000, 1.0, 0.01), 3) for step in (0, 100, 450, 800, 1000)]
+    [1.0, 1.0, 0.1, 0.01, 0.01]
+    """
+
+    name: ClassVar[str] = "exponential"
+
+    def _value(self, passed: float, initial: float, final: float) -> float:
+        return geometric(passed, initial, final)
 
 
-def from_dict(data: object) -> Schedule:
-    """The way back of `Schedule.to_dict`.
+def geometric(passed: float, initial: float, final: float) -> float:
+    """Between two values, at the share `passed` of the way; linear where one of them is 0.
+
+    >>> round(geometric(0.5, 1.0, 0.01), 6), geometric(0.5, 0.0, 0.2)
+    (0.1, 0.1)
+    """
+    if initial <= 0 or final <= 0:
+        return initial + (final - initial) * passed
+    value = initial * (final / initial) ** passed
+    return min(max(value, min(initial, final)), max(initial, final))
+
+
+def whole_steps(part: float | int, total_steps: int) -> int:
+    """Optimizer steps that a part of a run has: a fraction rounded down, or steps as they are."""
+    return math.floor(part * total_steps + 1e-9) if isinstance(part, float) else part
+
+
+def check_part(field: str, value: object) -> None:
+    """Make sure that an option is a part of a run.
 
     Raises:
-        TypeError: if `data` is not a mapping.
-        ValueError: if its name is unknown, or an option is not one of this schedule's.
+        TypeError: if it is no number.
+        ValueError: if it is negative, or a fraction that is not below 1.
     """
-    if not isinstance(data, Mapping):
-        raise TypeError(f"a schedule must be an object with a name; found {data!r}.")
-    options = {str(key): value for key, value in data.items()}
-    name = options.pop("name", None)
-    kind = _SCHEDULES.get(name) if isinstance(name, str) else None
-    if kind is None:
-        raise ValueError(f"schedule {name!r} is unknown. Use {', '.join(map(repr, _SCHEDULES))}.")
-    known = [f.name for f in fields(kind)]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
+    number = as_number(value, field)
+    if number < 0 or (isinstance(value, float) and number >= 1):
         raise ValueError(
-            f"schedule {name!r} has no option {unknown[0]!r}. It has {', '.join(known) or 'none'}."
+            f"{field} must be a fraction of the run in [0, 1) as a float, "
+            f"or a number of optimizer steps as an int; found {value!r}."
         )
-    return kind(**options)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def check_flag(field: str, value: object) -> None:
+    """Make sure that an option is True or False.
+
+    Raises:
+        TypeError: if not.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{field} must be True or False; found {value!r}.")

@@ -9,6 +9,7 @@ from torch import nn
 
 from mvpfx.adapters import warn_of_frozen_scores
 from mvpfx.checks import as_count
+from mvpfx.distributed import is_sharded
 from mvpfx.mask import Mask
 from mvpfx.observation import observe_steps
 from mvpfx.ranking import rank_together
@@ -33,7 +34,8 @@ class SparsityScheduler:
 
     Raises:
         TypeError: if `total_steps` is no whole number.
-        ValueError: if it is below 1, if a schedule does not fit into it, or if nothing is masked.
+        ValueError: if it is below 1, if a schedule does not fit into it, if nothing is masked, or
+            if weights that are to be rewound are sharded.
     """
 
     def __init__(self, model: nn.Module, total_steps: int) -> None:
@@ -46,6 +48,7 @@ class SparsityScheduler:
                 "Call mvpfx.prepare(model) before SparsityScheduler(model, ...); where its matmuls "
                 "are functional, with example_inputs=."
             )
+        _check_rewinding(self._masks)
         mark_optimizer_built(model)
         warn_of_frozen_scores(model, self._masks)
         rank_together(self._masks)
@@ -78,6 +81,8 @@ class SparsityScheduler:
         for mask in self._masks:
             mask.criterion.advance(mask)
         self._move()
+        self._freeze()
+        self._rewind()
 
     def state_dict(self) -> dict[str, int]:
         """What a resumed run needs beside the model's own state dict; fit for JSON."""
@@ -108,10 +113,39 @@ class SparsityScheduler:
             raise ValueError(f"step_count {step_count} is past the end: total_steps={total_steps}.")
         self.step_count = step_count
         self._move()
+        for mask in self._masks:
+            mask.frozen = self._is_frozen(mask)
+            mask.forget()
+
+    def _is_frozen(self, mask: Mask) -> bool:
+        plan = mask.plan
+        return plan is not None and plan.frozen(self.step_count, self.total_steps)
+
+    def _freeze(self) -> None:
+        """Fix the masks whose schedule says so from this step on."""
+        new = [mask for mask in self._masks if not mask.frozen and self._is_frozen(mask)]
+        for mask, kept in [(mask, mask.kept().clone()) for mask in new]:
+            mask.freeze(kept)
+
+    def _rewind(self) -> None:
+        for mask in self._masks:
+            action = mask.plan.rewinds(self.step_count, self.total_steps) if mask.plan else None
+            if action is not None:
+                mask.rewind(action)
 
     def _move(self) -> None:
         for mask in self._masks:
             mask.set_step(self.step_count, self.total_steps)
+
+
+def _check_rewinding(masks: list[Mask]) -> None:
+    """Make sure that weights which are to go back are whole."""
+    for mask in masks:
+        if mask.plan is not None and mask.plan.remembers and is_sharded(mask.weight):
+            raise ValueError(
+                f"{mask.site.name} is sharded over ranks, and rewind_to remembers whole weights. "
+                "Use DDP, or leave rewind_to out."
+            )
 
 
 def masks_of(model: nn.Module) -> list[Mask]:

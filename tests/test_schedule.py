@@ -1,23 +1,31 @@
 """Schedules: the paper's formula, bounds, and what does not fit."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mvpfx.cut_schedule import OneShotSchedule, StepSchedule
+from mvpfx.saved_schedule import from_dict
 from mvpfx.schedule import (
     ConstantSchedule,
     CubicSchedule,
+    ExponentialSchedule,
     LinearSchedule,
     RampSchedule,
     Schedule,
-    from_dict,
 )
 from tests import reference
 from tests.toy_masks import raises
 
-RAMPS: list[type[RampSchedule]] = [CubicSchedule, LinearSchedule]
+RAMPS: list[type[RampSchedule]] = [
+    CubicSchedule,
+    LinearSchedule,
+    ExponentialSchedule,
+    StepSchedule,
+]
 
 
 @given(
@@ -110,11 +118,22 @@ def test_warmup_and_cooldown_of_the_whole_run(kind: type[RampSchedule]) -> None:
 
 @pytest.mark.parametrize(
     "schedule",
-    [CubicSchedule(), CubicSchedule(5, 0.1), LinearSchedule(0.0, 3), ConstantSchedule()],
+    [
+        CubicSchedule(),
+        CubicSchedule(5, 0.1, freeze=True),
+        LinearSchedule(0.0, 3),
+        ExponentialSchedule(),
+        StepSchedule(cuts=3, rewind_to=0.05),
+        OneShotSchedule(at=100, rewind_to=0, freeze=True),
+        ConstantSchedule(),
+    ],
     ids=str,
 )
 def test_round_trip(schedule: Schedule) -> None:
     assert from_dict(schedule.to_dict()) == schedule
+
+
+ALL = "'cubic', 'linear', 'exponential', 'step', 'one_shot', 'constant'"
 
 
 @pytest.mark.parametrize(
@@ -123,13 +142,13 @@ def test_round_trip(schedule: Schedule) -> None:
         (
             {"name": "quartic"},
             ValueError,
-            "schedule 'quartic' is unknown. Use 'cubic', 'linear', 'constant'.",
+            f"schedule 'quartic' is unknown. Use {ALL}.",
         ),
-        ({}, ValueError, "schedule None is unknown. Use 'cubic', 'linear', 'constant'."),
+        ({}, ValueError, f"schedule None is unknown. Use {ALL}."),
         (
             {"name": "cubic", "warm": 1},
             ValueError,
-            "schedule 'cubic' has no option 'warm'. It has warmup, cooldown.",
+            "schedule 'cubic' has no option 'warm'. It has warmup, cooldown, freeze.",
         ),
         (
             {"name": "constant", "warmup": 1},
@@ -142,3 +161,99 @@ def test_round_trip(schedule: Schedule) -> None:
 def test_bad_data(data: object, error: type[Exception], message: str) -> None:
     with raises(error, message):
         from_dict(data)
+
+
+def test_exponential_multiplies_by_the_same_factor() -> None:
+    schedule = ExponentialSchedule(warmup=2, cooldown=2)
+    path = [schedule(step, 14, 1.0, 0.1) for step in range(2, 13)]
+    factors = [later / earlier for earlier, later in pairwise(path)]
+    assert factors == pytest.approx([0.1**0.1] * 10)
+
+
+@given(total=st.integers(20, 400), cuts=st.integers(1, 10), final=st.floats(0.01, 0.9))
+def test_steps_cut_as_often_as_asked_by_the_same_share(total: int, cuts: int, final: float) -> None:
+    schedule = StepSchedule(warmup=3, cooldown=4, cuts=cuts)
+    schedule.check(total)
+    path = [schedule(step, total, 1.0, final) for step in range(total + 1)]
+    falls = [later / earlier for earlier, later in pairwise(path) if later != earlier]
+    assert falls == pytest.approx([final ** (1 / cuts)] * cuts)
+    assert path[total - 4] == final < path[total - 5]
+
+
+def test_one_shot_cuts_once() -> None:
+    schedule = OneShotSchedule(at=0.25)
+    assert [schedule(step, 8, 1.0, 0.1) for step in range(9)] == [1.0, 1.0, *([0.1] * 7)]
+    assert OneShotSchedule(at=0).start(1.0, 0.1) == 0.1
+
+
+def test_when_weights_are_remembered_and_restored() -> None:
+    steps = StepSchedule(warmup=2, cooldown=2, cuts=3, rewind_to=1)
+    at = {step: steps.rewinds(step, 10) for step in range(11)}
+    assert {step: what for step, what in at.items() if what} == {
+        1: "remember",
+        4: "restore",
+        6: "restore",
+        8: "restore",
+    }
+    once = OneShotSchedule(at=5, rewind_to=0.2)
+    assert [once.rewinds(step, 10) for step in (2, 5, 6)] == ["remember", "restore", None]
+    assert not StepSchedule().remembers and StepSchedule().rewinds(1, 10) is None
+
+
+def test_when_masks_are_frozen() -> None:
+    assert [CubicSchedule(1, 3, freeze=True).frozen(step, 10) for step in (6, 7, 10)] == [
+        False,
+        True,
+        True,
+    ]
+    assert not CubicSchedule(1, 3).frozen(10, 10)
+    assert [OneShotSchedule(at=0, freeze=True).frozen(step, 10) for step in (0, 1)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (
+            StepSchedule(warmup=2, cooldown=2, cuts=7),
+            "7 cuts need as many steps between warm-up and cool-down, and a run of total_steps=10 "
+            "has 6 there. Train longer, or make fewer cuts.",
+        ),
+        (
+            StepSchedule(warmup=2, cooldown=2, cuts=3, rewind_to=4),
+            "rewind_to is step 4, and the first cut is at step 4. Weights can only go back to "
+            "before it.",
+        ),
+        (
+            OneShotSchedule(at=10),
+            "the cut is at step 10, and the run has total_steps=10. Train longer, or cut earlier.",
+        ),
+        (
+            OneShotSchedule(at=0.5, rewind_to=5),
+            "rewind_to is step 5, and the first cut is at step 5. Weights can only go back to "
+            "before it.",
+        ),
+    ],
+    ids=str,
+)
+def test_cuts_that_do_not_fit(schedule: Schedule, message: str) -> None:
+    with raises(ValueError, message):
+        schedule.check(10)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: StepSchedule(cuts=0), ValueError, "cuts must be at least 1; found 0."),
+        (
+            lambda: StepSchedule(rewind_to=-1),
+            ValueError,
+            "rewind_to must be a fraction of the run in [0, 1) as a float, or a number of "
+            "optimizer steps as an int; found -1.",
+        ),
+        (lambda: OneShotSchedule(at="1"), TypeError, "at must be a number; found '1' (str)."),  # pyright: ignore[reportArgumentType]
+        (lambda: CubicSchedule(freeze=1), TypeError, "freeze must be True or False; found 1."),  # pyright: ignore[reportArgumentType]
+    ],
+)
+def test_bad_options(make: Any, error: type[Exception], message: str) -> None:
+    with raises(error, message):
+        make()

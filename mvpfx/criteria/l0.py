@@ -60,6 +60,8 @@ class L0(Criterion):
         """The weight times its gates."""
         scores = mask.require_scores()
         opened = gate(scores, torch.rand_like(scores)) if mask.training else gate(scores)
+        if mask.frozen:
+            opened = opened * mask.kept()
         site = mask.site
         matrix = mask.granularity.expand(opened, *matrix_shape(site))
         gates = from_matrix(matrix, site.shape, site.out_dim, site.parts)
