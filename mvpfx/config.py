@@ -66,7 +66,8 @@ class PruningConfig:
             for scores that are learned: of movement, soft_movement and l0.
         schedule: how density (or threshold) moves over the optimizer steps.
         threshold: final cutoff `tau` of soft movement, in (0, 1).
-        penalty_lambda: final factor of the penalty of soft movement and l0, at least 0.
+        penalty_lambda: final factor of the penalty of soft movement and l0, at least 0. None steers
+            it to `density`; a number is the paper's way, whose density follows from the scores.
         criterion_options: numbers of the criterion's own, by name, such as `{"beta": 0.99}` of
             "ema_magnitude"; an override that changes the criterion starts without them.
         overrides: pattern -> changed fields, or None to leave a site alone. A pattern is a
@@ -86,7 +87,7 @@ class PruningConfig:
     score_init: str | float = "magnitude"
     schedule: Schedule = field(default_factory=CubicSchedule)
     threshold: float = 0.1
-    penalty_lambda: float = 100.0
+    penalty_lambda: float | None = None
     criterion_options: Mapping[str, float] = field(default_factory=lambda: Change({}))
     overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=Overrides)
 

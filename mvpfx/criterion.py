@@ -34,11 +34,14 @@ class Targets:
         density: fraction of units to keep; None where the criterion keeps what its scores say.
         threshold: cutoff of `sigmoid(scores)`; 0 where the criterion has none.
         penalty_lambda: factor of the penalty on the scores; 0 where there is none.
+        steered: fraction of units that the penalty is to be steered to; None where its factor is
+            given, or there is none.
     """
 
     density: float | None = None
     threshold: float = 0.0
     penalty_lambda: float = 0.0
+    steered: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,14 @@ class Criterion(ABC):
         scores = mask.scores if self.stored == "parameter" else None
         site, factor = mask.site, mask.factor(weight)
         return apply_mask(weight, scores, factor, mask.granularity, site.out_dim, site.parts)
+
+    def cutoff(self, mask: Mask) -> float:
+        """The score above which units stay; for `penalised` ones."""
+        raise NotImplementedError(f"{self.name} has no cutoff")
+
+    def slope(self, scores: Tensor) -> Tensor:
+        """Derivative of what each unit pays with respect to its score; for `penalised` ones."""
+        raise NotImplementedError(f"{self.name} has no penalty")
 
     def penalty(self, mask: Mask) -> Tensor:
         """Differentiable scalar that the penalty multiplies by `lambda`; for `penalised` ones."""

@@ -43,6 +43,7 @@ class Mask(MaskState):
         density: fraction of units to keep now; None where the criterion has no such target.
         threshold: cutoff of `sigmoid(scores)` now; 0 where the criterion has none.
         penalty_lambda: factor of the penalty now.
+        steered: density that the penalty is steered to now; None where it is not steered.
         step: optimizer steps the scheduler has counted.
 
     Raises:
@@ -103,6 +104,8 @@ class Mask(MaskState):
         last = self.criterion.targets(self.rule, lambda initial, final: final)
         if last.density is not None:
             return f"{plan.name}: density {first.density:.4g} to {last.density:.4g}"
+        if last.steered is not None:
+            return f"{plan.name}: density steered from {first.steered:.4g} to {last.steered:.4g}"
         return f"{plan.name}: threshold {first.threshold:.4g} to {last.threshold:.4g}"
 
     def set_step(self, step: int, total_steps: int) -> None:
@@ -120,6 +123,7 @@ class Mask(MaskState):
         targets = self.criterion.targets(self.rule, progress)
         self.density, self.threshold = targets.density, targets.threshold
         self.penalty_lambda, self.step = targets.penalty_lambda, step
+        self.steered = targets.steered
         self.forget()
 
     def freeze(self, kept: Tensor) -> None:

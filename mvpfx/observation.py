@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
@@ -18,22 +18,34 @@ if TYPE_CHECKING:
     from mvpfx.mask import Mask
 
 
-def observe_steps(owner: object, masks: Sequence[Mask]) -> None:
-    """Have the criteria of `masks` observe the steps of any optimizer, while `owner` lives."""
-    observing = [weakref.ref(mask) for mask in masks if mask.criterion.observes]
-    if not observing:
-        return
+class Watcher(Protocol):
+    """What is told of optimizer steps."""
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Called before each step of each optimizer of this process."""
+        ...
+
+
+def watch_steps(watcher: Watcher) -> None:
+    """Tell `watcher` of the steps of all optimizers, as long as it lives."""
+    reference = weakref.ref(watcher)
 
     def before_step(optimizer: Optimizer, *_: Any) -> None:
-        alive = (reference() for reference in observing)
-        _observe(optimizer, [mask for mask in alive if mask is not None])
+        alive = reference()
+        if alive is not None:
+            alive.before_step(optimizer)
 
     handle = register_optimizer_step_pre_hook(before_step)
-    weakref.finalize(owner, handle.remove)
+    weakref.finalize(watcher, handle.remove)
 
 
 @torch.no_grad()
-def _observe(optimizer: Optimizer, masks: Sequence[Mask]) -> None:
+def observe(masks: Sequence[Mask], optimizer: Optimizer) -> None:
+    """Have the criteria of masks take the gradients of scores that an optimizer holds.
+
+    Raises:
+        ValueError: it holds a weight, and not the scores that have a gradient.
+    """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for mask in masks:
         scores = mask.source()

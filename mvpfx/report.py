@@ -193,7 +193,9 @@ def _prepared_table(model: nn.Module, state: State) -> str:
 
 
 def _targets(mask: Any) -> list[str]:
-    """What the schedule asks for now and at the end; of soft movement, the threshold."""
+    """What the schedule asks for now and at the end; without a density, the threshold."""
+    if mask.steered is not None:
+        return [f"{mask.steered:.4f}", f"{mask.rule.density:.4f}"]
     if mask.density is None:
         return [f"tau {mask.threshold:.4f}", f"tau {mask.rule.threshold:.4f}"]
     return [f"{mask.density:.4f}", f"{mask.rule.density:.4f}"]

@@ -47,7 +47,7 @@ class Rule:
         scope: "local" ranks within the site, "global" across sites.
         score_init: first scores: "magnitude", "zero" or a number.
         threshold: final cutoff of `sigmoid(scores)`, for criteria that have one.
-        penalty_lambda: final factor of the penalty, for criteria that have one.
+        penalty_lambda: final factor of the penalty, for criteria that have one; None steers it.
         criterion_options: numbers of the criterion's own.
     """
 
@@ -57,7 +57,7 @@ class Rule:
     scope: str = "local"
     score_init: str | float = "magnitude"
     threshold: float = 0.1
-    penalty_lambda: float = 100.0
+    penalty_lambda: float | None = None
     criterion_options: Mapping[str, float] = field(default_factory=lambda: Change({}))
 
 
@@ -81,6 +81,8 @@ def checked_field(name: str, value: Any) -> Any:
         return _checked_options(value)
     if name == "score_init":
         return value if value in SCORE_INITS else _constant_scores(value)
+    if name == "penalty_lambda" and value is None:
+        return None
     number = as_number(value, name)
     if name == "threshold" and not 0 < number < 1:
         raise ValueError(

@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.optim.optimizer import Optimizer
 
 from mvpfx.adapters import warn_of_frozen_scores
 from mvpfx.checks import as_count
 from mvpfx.distributed import is_sharded
 from mvpfx.mask import Mask
-from mvpfx.observation import observe_steps
+from mvpfx.observation import observe, watch_steps
 from mvpfx.ranking import rank_together
 from mvpfx.state import mark_optimizer_built
+from mvpfx.steering import steerings
 from mvpfx.swap import MASK_SUFFIX
 
 
@@ -52,18 +54,26 @@ class SparsityScheduler:
         mark_optimizer_built(model)
         warn_of_frozen_scores(model, self._masks)
         rank_together(self._masks)
-        observe_steps(self, self._masks)
+        self._observing = [mask for mask in self._masks if mask.criterion.observes]
+        self._steerings = steerings(self._masks)
+        if self._observing or self._steerings:
+            watch_steps(self)
         self._move()
 
     @property
     def density(self) -> float | None:
         """Target now: the fraction of units to keep, over all sites whose criterion has a target.
 
-        None where no criterion has one (soft movement keeps what passes its threshold).
+        None where no criterion has one (with a `penalty_lambda` soft movement keeps what passes its
+        threshold).
         """
-        asked = [(mask.density, mask.units) for mask in self._masks if mask.density is not None]
-        units = sum(count for _, count in asked)
-        return sum(density * count for density, count in asked) / units if units else None
+        asked = [
+            (mask.steered if mask.density is None else mask.density, mask.units)
+            for mask in self._masks
+        ]
+        known = [(density, count) for density, count in asked if density is not None]
+        units = sum(count for _, count in known)
+        return sum(density * count for density, count in known) / units if units else None
 
     def step(self) -> None:
         """Count one optimizer step, and move every mask to where its schedule has it then.
@@ -83,10 +93,21 @@ class SparsityScheduler:
         self._move()
         self._freeze()
         self._rewind()
+        for steering in self._steerings:
+            steering.move()
 
-    def state_dict(self) -> dict[str, int]:
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Look at gradients before an optimizer takes them; called by torch."""
+        observe(self._observing, optimizer)
+        for steering in self._steerings:
+            steering.observe(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's own state dict; fit for JSON."""
-        return {"step_count": self.step_count, "total_steps": self.total_steps}
+        state: dict[str, Any] = {"step_count": self.step_count, "total_steps": self.total_steps}
+        if self._steerings:
+            state["steering"] = [steering.state_dict() for steering in self._steerings]
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken: step, densities, thresholds and penalties.
@@ -116,6 +137,8 @@ class SparsityScheduler:
         for mask in self._masks:
             mask.frozen = self._is_frozen(mask)
             mask.forget()
+        for steering, saved in zip(self._steerings, state.get("steering", ()), strict=True):
+            steering.load_state_dict(saved)
 
     def _is_frozen(self, mask: Mask) -> bool:
         plan = mask.plan

@@ -122,7 +122,12 @@ class Run:
     def masks(self) -> list[Mask]:
         """The units that stay now."""
         if self.criterion == "soft_movement":
-            return [sigmoid(s) > self.scheduled(0.0, self.threshold) for s in self.scores]
+            passed = [sigmoid(s) > self.scheduled(0.0, self.threshold) for s in self.scores]
+            floors = [max(1, round(0.005 * s.size)) for s in self.scores]
+            return [
+                p if p.sum() >= floor else top_v([s], floor)[0]
+                for p, s, floor in zip(passed, self.scores, floors, strict=True)
+            ]
         if self.criterion == "l0":
             return [hard_concrete(s)[0] > 0 for s in self.scores]
         ranked = self.scores

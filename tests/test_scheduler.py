@@ -115,7 +115,7 @@ def test_density_is_over_the_sites_that_have_a_target() -> None:
     stack = Stack(values(2, 2), values(6, 2), plan=ConstantSchedule(), density=0.5)
     stack.mask_list[1].rule = stack.mask_list[0].rule.__class__(density=0.25)
     assert SparsityScheduler(stack, 5).density == pytest.approx((4 * 0.5 + 12 * 0.25) / 16)
-    soft = Stack(values(2, 2), criterion="soft_movement")
+    soft = Stack(values(2, 2), criterion="soft_movement", penalty_lambda=100.0)
     scheduler = SparsityScheduler(soft, 4)
     assert scheduler.density is None
     scheduler.step()

@@ -17,7 +17,7 @@ class EmaMagnitude(Criterion):
     """Keep what was largest over the last optimizer steps.
 
     `S = beta * S + (1 - beta) * abs(W)` at each step, from `abs(W)`; the mean of `abs(W)` for
-    larger units. The average over steps is that of Zhu and Gupta 2018 with a memory.
+    larger units: magnitude pruning (Zhu and Gupta 2018) with a memory.
     """
 
     name = "ema_magnitude"

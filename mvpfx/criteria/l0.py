@@ -22,17 +22,19 @@ LEAST, MOST, TEMPERATURE = -0.1, 1.1, 2 / 3
 OPEN = math.log(0.9 / 0.1)
 """The score of a gate that is open with probability 0.9, before stretching."""
 _NOISE = 1e-4
+_SHIFT = TEMPERATURE * math.log(-LEAST / MOST)
 
 
 class L0(Criterion):
     """Multiply every unit by a hard-concrete gate, and pay for gates that are not shut.
 
-    Louizos et al. 2018, with the constants of Sanh et al. 2020, section 5: in training
+    Louizos et al. 2018, with the constants that the authors of Sanh et al. 2020 use: in training
     `z = clamp(sigmoid((logit(u) + S) / b) * (r - l) + l, 0, 1)` with `u` uniform, drawn anew in
     every forward; in evaluation without `u` and `b`. `W' = W * z`, with its exact gradients for
     both. The penalty is `lambda * mean sigmoid(S - b * log(-l / r))`, the share of gates that are
-    expected not to be shut; `lambda` rises with the schedule. A gate need not be 0 or 1, so
-    converting multiplies it in; a unit counts as kept where its gate is above 0.
+    expected not to be shut. `lambda` rises with the schedule to `penalty_lambda`; without one it is
+    steered to the density that the schedule asks for, see `mvpfx.steering`. A gate need not be 0 or
+    1, so converting multiplies it in; a unit counts as kept where its gate is above 0.
 
     First scores are those of gates that are open with probability 0.9, as in the paper, or with
     `score_init="magnitude"` that plus the rank of `abs(W)` in [-1, 1].
@@ -49,12 +51,18 @@ class L0(Criterion):
         return torch.cat([_first(part, mask.rule.score_init) for part in parts])
 
     def targets(self, rule: Rule, progress: Progress) -> Targets:
-        """The penalty's factor, from 0 to the rule's."""
+        """The penalty's factor, from 0 to the rule's; where that is steered, a density."""
+        if rule.penalty_lambda is None:
+            return Targets(steered=progress(1.0, rule.density))
         return Targets(penalty_lambda=progress(0.0, rule.penalty_lambda))
 
     def kept(self, mask: Mask) -> Tensor:
         """The units whose gate is above 0 in evaluation."""
         return gate(gathered(mask.require_scores().detach())) > 0
+
+    def cutoff(self, mask: Mask) -> float:
+        """The score of a gate that just shuts."""
+        return math.log(-LEAST / MOST)
 
     def apply(self, mask: Mask, weight: Tensor) -> Tensor:
         """The weight times its gates."""
@@ -67,10 +75,14 @@ class L0(Criterion):
         gates = from_matrix(matrix, site.shape, site.out_dim, site.parts)
         return weight * gates.to(weight.dtype)
 
+    def slope(self, scores: Tensor) -> Tensor:
+        """Of the probability that a gate is not shut."""
+        paid = torch.sigmoid(scores - _SHIFT)
+        return paid * (1 - paid)
+
     def penalty(self, mask: Mask) -> Tensor:
         """Mean probability that a gate is not shut."""
-        shift = TEMPERATURE * math.log(-LEAST / MOST)
-        return mean(torch.sigmoid(mask.require_scores() - shift))
+        return mean(torch.sigmoid(mask.require_scores() - _SHIFT))
 
 
 def gate(scores: Tensor, noise: Tensor | None = None) -> Tensor:

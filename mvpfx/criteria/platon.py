@@ -17,8 +17,8 @@ class Platon(Criterion):
     """Keep the top of smoothed sensitivity times smoothed uncertainty.
 
     Zhang et al., ICML 2022: with `I = abs(dL/dW' * W)` at each optimizer step,
-    `I_bar = beta_1 * I_bar + (1 - beta_1) * I`, Eq. 5; `U = abs(I - I_bar)`, Eq. 6;
-    `U_bar = beta_2 * U_bar + (1 - beta_2) * U`, Eq. 7; and `S = I_bar * U_bar`, Eq. 8. Inside a
+    `I_bar = beta_1 * I_bar + (1 - beta_1) * I`, `U = abs(I - I_bar)`,
+    `U_bar = beta_2 * U_bar + (1 - beta_2) * U`, and `S = I_bar * U_bar`, all from 0. Inside a
     larger unit the products are summed before their absolute value is taken.
     """
 

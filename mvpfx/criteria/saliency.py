@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 class Saliency(Criterion):
     """Keep the units whose removal would change the loss most, to first order.
 
-    `S = S + abs(dL/dW' * W)`, summed over the optimizer steps, from 0 (Molchanov et al. 2019, as
-    they and Sanh et al. 2020, section 3, call it). Inside a larger unit the products are summed
-    before their absolute value is taken: that is the change of the loss if the whole unit goes. The
-    gradient is that of the masked weight, so units that are masked keep collecting and may return.
+    `S = S + abs(dL/dW' * W)`, summed over the optimizer steps, from 0: the first-order Taylor
+    importance of Molchanov et al. 2019. Inside a larger unit the products are summed before their
+    absolute value is taken: that is the change of the loss if the whole unit goes. The gradient is
+    that of the masked weight, so units that are masked keep collecting and may return.
     """
 
     name = "saliency"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from mvpfx.criterion import Criterion, Progress, Targets
+from mvpfx.criterion import Criterion, Option, Progress, Targets
 from mvpfx.distributed import gathered, mean
+from mvpfx.top_v import top_v
 
 if TYPE_CHECKING:
     from mvpfx.mask import Mask
@@ -19,25 +22,47 @@ class SoftMovement(Criterion):
     """Keep what passes a threshold: Sanh et al. 2020, section 4 (relaxed version).
 
     `M = sigmoid(S) > tau`, with the gradient of `movement` (straight-through passes the sigmoid
-    too) and the penalty `lambda * mean sigmoid(S)`. As in the authors' code the schedule moves
-    `tau` from 0, and `lambda(t) = lambda_f * tau(t) / tau_f` rises with it. The density follows
-    from the scores, so the rule's density and scope have no effect.
+    too) and the penalty `lambda * mean sigmoid(S)`. With a `penalty_lambda`, as in the authors'
+    code, the schedule moves `tau` from 0, and `lambda(t) = lambda_f * tau(t) / tau_f` rises with
+    it: the density follows from the scores, and the rule's density has no effect. Without one `tau`
+    is final from the start, and `lambda` is steered to the density that the schedule asks for, see
+    `mvpfx.steering`.
+
+    The option `floor` is the fraction of units that stay whatever their scores, the top ones; at
+    least one.
     """
 
     name = "soft_movement"
     stored = "parameter"
     pooled = False
+    options: ClassVar[Mapping[str, Option]] = {"floor": Option(0.005, most=1.0)}
     penalised = True
 
     def targets(self, rule: Rule, progress: Progress) -> Targets:
-        """The threshold from 0 to the rule's, and the penalty's factor in proportion."""
+        """The threshold from 0 to the rule's, and the penalty's factor in proportion; where that is
+        steered, the final threshold and a density.
+        """
+        if rule.penalty_lambda is None:
+            return Targets(threshold=rule.threshold, steered=progress(1.0, rule.density))
         threshold = progress(0.0, rule.threshold)
         penalty_lambda = rule.penalty_lambda * (threshold / rule.threshold)
         return Targets(threshold=threshold, penalty_lambda=penalty_lambda)
 
     def kept(self, mask: Mask) -> Tensor:
-        """The units whose `sigmoid(S)` is above the threshold."""
-        return torch.sigmoid(gathered(mask.require_scores().detach())) > mask.threshold
+        """The units whose `sigmoid(S)` is above the threshold, or the top of them."""
+        scores = gathered(mask.require_scores().detach())
+        passed = torch.sigmoid(scores) > mask.threshold
+        floor = max(1, round(mask.option("floor") * scores.numel()))
+        return passed if int(passed.sum()) >= floor else top_v([scores], floor)[0]
+
+    def cutoff(self, mask: Mask) -> float:
+        """The logit of the threshold."""
+        return math.log(mask.threshold / (1 - mask.threshold))
+
+    def slope(self, scores: Tensor) -> Tensor:
+        """Of `sigmoid(S)`."""
+        paid = torch.sigmoid(scores)
+        return paid * (1 - paid)
 
     def penalty(self, mask: Mask) -> Tensor:
         """Mean of `sigmoid(S)` over the units of this site."""
