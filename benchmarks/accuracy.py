@@ -41,7 +41,7 @@ class Cell:
     score_lr: float = 1e-2
     scope: str = "local"
     score_init: str = "magnitude"
-    penalty_lambda: float = 100.0
+    penalty_lambda: float | None = None
     granularity: str = "element"
     teacher: bool = False
     epochs: int = 6
@@ -188,7 +188,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if field.type == "bool":
             parser.add_argument(flag, action="store_true")
         else:
-            kind = {"float": float, "int": int, "str": str}[str(field.type)]
+            kinds = {"float": float, "float | None": float, "int": int, "str": str}
+            kind = kinds[str(field.type)]
             parser.add_argument(flag, type=kind)
     return parser.parse_args(arguments)
 

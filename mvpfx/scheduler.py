@@ -37,7 +37,7 @@ class SparsityScheduler:
     Raises:
         TypeError: if `total_steps` is no whole number.
         ValueError: if it is below 1, if a schedule does not fit into it, if nothing is masked, or
-            if weights that are to be rewound are sharded.
+            if weights that are to be rewound, or scores that are to be steered, are sharded.
     """
 
     def __init__(self, model: nn.Module, total_steps: int) -> None:
@@ -51,11 +51,12 @@ class SparsityScheduler:
                 "are functional, with example_inputs=."
             )
         _check_rewinding(self._masks)
+        _check_steering(self._masks)
         mark_optimizer_built(model)
         warn_of_frozen_scores(model, self._masks)
         rank_together(self._masks)
         self._observing = [mask for mask in self._masks if mask.criterion.observes]
-        self._steerings = steerings(self._masks)
+        self._steerings = steerings(self._masks, self.total_steps)
         if self._observing or self._steerings:
             watch_steps(self)
         self._move()
@@ -168,6 +169,16 @@ def _check_rewinding(masks: list[Mask]) -> None:
             raise ValueError(
                 f"{mask.site.name} is sharded over ranks, and rewind_to remembers whole weights. "
                 "Use DDP, or leave rewind_to out."
+            )
+
+
+def _check_steering(masks: list[Mask]) -> None:
+    """Make sure that scores which are to be steered are whole."""
+    for mask in masks:
+        if mask.steered is not None and mask.shard is not None:
+            raise ValueError(
+                f"the scores of {mask.site.name} are sharded over ranks, and a penalty is steered "
+                "by whole scores. Use DDP, or prepare with a number as penalty_lambda."
             )
 
 

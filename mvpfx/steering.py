@@ -26,8 +26,8 @@ from torch.optim.optimizer import Optimizer
 if TYPE_CHECKING:
     from mvpfx.mask import Mask
 
-HORIZON = 20
-"""Optimizer steps in which the scores are to cover the distance."""
+HORIZON, LEAST_HORIZON, MOST_HORIZON = 0.02, 3.0, 20.0
+"""Part of the run in which the scores are to cover the distance, and its bounds in steps."""
 GAIN, LEAST_GAIN, MOST_GAIN = 10.0, 5.0, 300.0
 GAIN_STEP = 1.03
 NEAR = 0.1
@@ -35,6 +35,8 @@ NEAR = 0.1
 SUM_SHARE, MOST_SUM = 0.02, 2.0
 MOST_PULL = 10.0
 """The strongest pull, in units of the task's gradients."""
+LEAST_SLOPE = 1e-3
+"""Of the penalty: scores that are higher are hardly moved by it, at any factor."""
 MEMORY, SPEED_MEMORY = 0.999, 0.8
 
 
@@ -48,6 +50,7 @@ class Pull:
         power: smoothed mean square of the task's gradients, before its correction for few steps.
         steps: how many of them were seen.
         speed: smoothed change of the last staying unit's score in a step.
+        ahead: smoothed change of that score in a step because the target density moves.
         last: that score after the last step; None before the first.
         last_target: the density it was the score of.
         factor: what the penalty is multiplied by.
@@ -58,6 +61,7 @@ class Pull:
     power: float = 0.0
     steps: int = 0
     speed: float = 0.0
+    ahead: float = 0.0
     last: float | None = None
     last_target: float = 1.0
     factor: float = 0.0
@@ -73,17 +77,23 @@ class Pull:
             return 0.0
         return math.sqrt(max(self.power, 0.0) / (1 - MEMORY**self.steps))
 
-    def steer(self, distance: float, moved: float | None, reference: float) -> None:
+    def steer(
+        self, distance: float, moved: float, ahead: float, horizon: float, reference: float
+    ) -> None:
         """Set the factor anew.
 
         Args:
             distance: of the last staying unit's score above the cutoff.
-            moved: change of that score in the last step; None at the first.
-            reference: gradient that a factor of 1 gives to a unit at the cutoff.
+            moved: change of that score in the last step.
+            ahead: how much higher the score is that is to be the last one now.
+            horizon: steps in which the distance is to be covered.
+            reference: gradient that a factor of 1 gives to that unit.
         """
-        if moved is not None:
+        if self.steps > 1:
             self.speed = SPEED_MEMORY * self.speed + (1 - SPEED_MEMORY) * moved
-            slow = self.speed / -distance < 1 / HORIZON if distance else False
+            self.ahead = SPEED_MEMORY * self.ahead + (1 - SPEED_MEMORY) * ahead
+            wanted = -distance / horizon - self.ahead
+            slow = (self.speed - wanted) * distance > 0
             gain = self.gain * (GAIN_STEP if slow else 1 / GAIN_STEP)
             self.gain = min(max(gain, LEAST_GAIN), MOST_GAIN)
         if abs(distance) < NEAR:
@@ -99,11 +109,13 @@ class Steering:
     Args:
         masks: of one criterion, that have `steered` densities, all the same.
         penalised: how many masks of the model share the penalty.
+        total_steps: length of the run.
     """
 
-    def __init__(self, masks: Sequence[Mask], penalised: int) -> None:
+    def __init__(self, masks: Sequence[Mask], penalised: int, total_steps: int) -> None:
         self.masks = list(masks)
         self.penalised = penalised
+        self.horizon = min(max(HORIZON * total_steps, LEAST_HORIZON), MOST_HORIZON)
         self.pull = Pull()
 
     def observe(self, optimizer: Optimizer) -> None:
@@ -125,15 +137,17 @@ class Steering:
     def move(self) -> None:
         """Set the penalty's factor of the masks, after an optimizer step."""
         first = self.masks[0]
-        target = first.steered
-        assert target is not None, "a steered mask"
+        assert first.steered is not None, "a steered mask"
         scores = torch.cat([mask.require_scores().detach().flatten() for mask in self.masks])
         cutoff = first.criterion.cutoff(first)
+        # Sites at their floor keep units that are below the cutoff; others make up for them.
+        kept = sum(int(mask.kept().sum()) for mask in self.masks)
+        target = first.steered - (kept - int((scores > cutoff).sum())) / scores.numel()
         now, before = _lowest_kept(scores, target, self.pull.last_target)
-        moved = None if self.pull.last is None else before - self.pull.last
-        slope = float(first.criterion.slope(torch.tensor(cutoff)))
-        reference = slope * len(self.masks) / (self.penalised * scores.numel())
-        self.pull.steer(now - cutoff, moved, reference)
+        moved = 0.0 if self.pull.last is None else before - self.pull.last
+        slope = float(first.criterion.slope(torch.tensor(max(now, cutoff))))
+        reference = max(slope, LEAST_SLOPE) * len(self.masks) / (self.penalised * scores.numel())
+        self.pull.steer(now - cutoff, moved, now - before, self.horizon, reference)
         self.pull.last, self.pull.last_target = now, target
         self.apply()
 
@@ -152,7 +166,7 @@ class Steering:
         self.apply()
 
 
-def steerings(masks: Sequence[Mask]) -> list[Steering]:
+def steerings(masks: Sequence[Mask], total_steps: int) -> list[Steering]:
     """One for each mask of local scope that is steered, one for those of global scope together."""
     groups: dict[Any, list[Mask]] = {}
     for mask in masks:
@@ -161,7 +175,7 @@ def steerings(masks: Sequence[Mask]) -> list[Steering]:
             pool = (rule.criterion, rule.density, rule.threshold)
             groups.setdefault(pool if rule.scope == "global" else id(mask), []).append(mask)
     penalised = sum(mask.criterion.penalised for mask in masks)
-    return [Steering(group, penalised) for group in groups.values()]
+    return [Steering(group, penalised, total_steps) for group in groups.values()]
 
 
 def _lowest_kept(scores: Tensor, *densities: float) -> list[float]:

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from mvpfx.rule import Rule
 
 
+_MARGIN = 0.05
+"""How far above the cutoff the lowest scores start."""
+
+
+def _logit(probability: float) -> float:
+    return math.log(probability / (1 - probability))
+
+
 class SoftMovement(Criterion):
     """Keep what passes a threshold: Sanh et al. 2020, section 4 (relaxed version).
 
@@ -28,6 +36,9 @@ class SoftMovement(Criterion):
     is final from the start, and `lambda` is steered to the density that the schedule asks for, see
     `mvpfx.steering`.
 
+    Where `lambda` is steered and `score_init` is "magnitude", the scores start right above the
+    cutoff, not at 0: they have a shorter way to go, so that a run of a few hundred steps will do.
+
     The option `floor` is the fraction of units that stay whatever their scores, the top ones; at
     least one.
     """
@@ -37,6 +48,13 @@ class SoftMovement(Criterion):
     pooled = False
     options: ClassVar[Mapping[str, Option]] = {"floor": Option(0.005, most=1.0)}
     penalised = True
+
+    def initial(self, mask: Mask) -> Tensor | None:
+        """As for all learned scores, but from the cutoff up where the penalty is steered."""
+        scores, rule = super().initial(mask), mask.rule
+        if scores is None or rule.penalty_lambda is not None or rule.score_init != "magnitude":
+            return scores
+        return scores.add_(_logit(rule.threshold) + _MARGIN)
 
     def targets(self, rule: Rule, progress: Progress) -> Targets:
         """The threshold from 0 to the rule's, and the penalty's factor in proportion; where that is
@@ -57,7 +75,7 @@ class SoftMovement(Criterion):
 
     def cutoff(self, mask: Mask) -> float:
         """The logit of the threshold."""
-        return math.log(mask.threshold / (1 - mask.threshold))
+        return _logit(mask.threshold)
 
     def slope(self, scores: Tensor) -> Tensor:
         """Of `sigmoid(S)`."""
