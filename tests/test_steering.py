@@ -117,7 +117,8 @@ def test_a_trainer_that_resumes_steers_the_same(tmp_path: Any) -> None:
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert same_state(of(run), of(resumed))
     assert logged(run, "penalty") == logged(resumed, "penalty")
-    schedules = [trainer.pruning.scheduler.state_dict() for trainer in (run, resumed)]
+    trainers: list[Any] = [run, resumed]
+    schedules = [trainer.pruning.scheduler.state_dict() for trainer in trainers]
     assert schedules[0] == schedules[1] and schedules[0]["steering"][0]["factor"] != 0
 
 
