@@ -10,7 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import coverage_table, results_file
+from benchmarks import accuracy, accuracy_table, coverage_table, results_file
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN = "<!-- results: made by python -m benchmarks.readme -->"
@@ -71,7 +71,9 @@ def fill(readme: str, content: str, begin: str = BEGIN, end: str = END) -> str:
 def render(readme: str, results: list[dict[str, Any]]) -> str:
     """`readme` with all of its tables made anew."""
     coverage = coverage_table.table(results)
+    studied = accuracy_table.table(list(accuracy.done(accuracy.RESULT).values()))
     filled = fill(readme, table(results))
+    filled = fill(filled, studied, accuracy_table.BEGIN, accuracy_table.END)
     return fill(filled, coverage, coverage_table.BEGIN, coverage_table.END)
 
 

@@ -13,9 +13,8 @@ from torch import nn
 
 import mvpfx
 from mvpfx import criteria
-from mvpfx.mask import Mask
 from tests.toy_masks import Stack, make_mask, raises, values
-from tests.training import assert_equal
+from tests.training import assert_equal, masks_of
 from tests.zoo import ZOO
 from tests.zoo.entry import loss, output
 
@@ -29,10 +28,6 @@ def prepared(criterion: str, **fields: Any) -> Any:
             criterion=criterion, schedule=mvpfx.LinearSchedule(), density=0.4, **fields
         ),
     )
-
-
-def masks_of(model: nn.Module) -> list[Mask]:
-    return [module for module in model.modules() if isinstance(module, Mask)]
 
 
 class Loop:

@@ -11,8 +11,9 @@ import torch
 
 import mvpfx
 from mvpfx import criteria
-from tests.test_criteria import Loop, masks_of
+from tests.test_criteria import Loop
 from tests.toy_masks import Stack, raises, values
+from tests.training import masks_of
 from tests.zoo import ZOO
 
 FREEZING = mvpfx.LinearSchedule(warmup=1, cooldown=3, freeze=True)

@@ -7,19 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import mvpfx
-from mvpfx.mask import Mask
 from mvpfx.steering import Pull
 from tests.toy_masks import Stack, raises, values
 from tests.trainers import logged, of, pruning_trainer, same_state
+from tests.training import masks_of
 from tests.zoo import ZOO
 from tests.zoo.entry import loss
-
-
-def masks_of(model: nn.Module) -> list[Mask]:
-    return [module for module in model.modules() if isinstance(module, Mask)]
 
 
 class Steered:

@@ -1,0 +1,77 @@
+"""README's table of accuracy by criterion and density, made from `results/accuracy.jsonl`.
+
+Of several settings of a method (scope, learning rate of the scores) the one that is best on dev.tsv
+is shown, with its accuracy on test.tsv.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tabulate import tabulate
+
+from benchmarks import accuracy
+
+BEGIN = "<!-- accuracy: made by python -m benchmarks.readme -->"
+END = "<!-- end of accuracy -->"
+PUBLISHED = {
+    "dense": ("84.5", "88.1", "91.4"),
+    "magnitude": ("77.8 / 68.9", "78.5 / 54.5", "78.8 / 72.1"),
+    "l0": ("77.9 / 75.2", "80.1 / 73.6", "87.6 / 86.5"),
+    "movement": ("79.3 / 76.1", "81.7 / 76.3", "89.1 / 85.6"),
+    "soft_movement": ("80.7 / 79.0", "81.5 / 79.9", "90.2 / 89.2"),
+}
+"""BERT-base at 10 % / 3 % of its weights: MNLI accuracy, SQuAD F1 and QQP accuracy on dev sets
+(Sanh et al. 2020, Table 2).
+"""
+_COLUMNS = ("MNLI", "SQuAD F1", "QQP")
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """One row a criterion, one column a task and density."""
+    plain = [line for line in lines if is_plain(line["cell"])]
+    if not plain:
+        return "No result file yet."
+    tasks = sorted({line["cell"]["task"] for line in plain})
+    known = [name for name in PUBLISHED if any(line["cell"]["method"] == name for line in plain)]
+    others = sorted({line["cell"]["method"] for line in plain} - set(PUBLISHED))
+    rows = [row(method, plain, tasks) for method in (*known, *others)]
+    text = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    return f"{text}\n\n{settings(plain)}"
+
+
+def is_plain(cell: dict[str, Any]) -> bool:
+    """Whether a run belongs into the table: single weights, no teacher."""
+    return cell["granularity"] == "element" and not cell["teacher"]
+
+
+def row(method: str, lines: list[dict[str, Any]], tasks: list[str]) -> dict[str, str]:
+    """One criterion: own accuracies, then published ones."""
+    found = {"criterion": method}
+    for task in tasks:
+        densities = (1.0,) if method == accuracy.DENSE else accuracy.DENSITIES
+        found[task] = " / ".join(best(method, lines, task, density) for density in densities)
+    published = PUBLISHED.get(method, ("", "", ""))
+    headers = [f"{name}, BERT-base, published" for name in _COLUMNS]
+    return {**found, **dict(zip(headers, published, strict=True))}
+
+
+def best(method: str, lines: list[dict[str, Any]], task: str, density: float) -> str:
+    """Test accuracy of the settings that are best on dev; "-" without a run."""
+    wanted = {"task": task, "method": method, "density": density}
+    found = [line for line in lines if wanted.items() <= line["cell"].items()]
+    return f"{max(found, key=lambda line: line['dev'])['test']:.3f}" if found else "-"
+
+
+def settings(lines: list[dict[str, Any]]) -> str:
+    """What the runs have in common."""
+    first = lines[0]["cell"]
+    seeds = sorted({line["cell"]["seed"] for line in lines})
+    shares = " / ".join(f"{density:.0%}" for density in accuracy.DENSITIES)
+    return (
+        f"Test accuracy at {shares} of the weights: MiniLM-L6, {first['epochs']} epochs of "
+        f"batches of {first['batch_size']}, learning rate {first['lr']:g}, seeds {seeds}; of "
+        "several scopes and score learning rates the one that is best on the dev set. The last "
+        "columns are those of another, larger model on other tasks, at 10 % / 3 % (Sanh et al. "
+        "2020, Table 2)."
+    )

@@ -1,0 +1,93 @@
+"""The accuracy study: cells run once, write a line each, and are taken up where they were left."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import accuracy, accuracy_table
+from tests.test_benchmarks import tiny_encoder
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    tiny_encoder(tmp_path / "model")
+    (tmp_path / "toy").mkdir()
+    lines = ["a bad film\t0", "a good film\t1"] * 8
+    for name in ("train.tsv", "dev.tsv", "test.tsv"):
+        (tmp_path / "toy" / name).write_text("\n".join(lines) + "\n")
+    return {"--model": tmp_path / "model", "--data": tmp_path / "toy"}
+
+
+def run(folders: dict[str, Path], *options: object) -> list[dict[str, Any]]:
+    """Run the command; the lines of the result file."""
+    output = folders["--model"].parent / "accuracy.jsonl"
+    fixed = {**folders, "--output": output, "--teachers": output.parent / "teachers"}
+    words = [str(word) for pair in fixed.items() for word in pair]
+    accuracy.main([*words, *map(str, options)])
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_a_cell_is_run_once(folders: dict[str, Path]) -> None:
+    cell = ("--method", "platon", "--density", "0.25", "--epochs", "2", "--batch-size", "4")
+    (line,) = run(folders, *cell)
+    assert line["cell"]["method"] == "platon" and line["cell"]["task"] == "toy"
+    assert len(line["dev_by_epoch"]) == 2 and line["dev"] == line["dev_by_epoch"][-1]
+    assert line["density"] == pytest.approx(0.25, abs=1e-3)
+    assert 0 <= line["test"] <= 1 and line["environment"]["device"] == "cpu"
+    assert run(folders, *cell) == [line]
+    assert len(run(folders, *cell, "--seed", "1")) == 2
+    assert str(folders["--data"].parent) not in json.dumps(line)
+
+
+def test_all_cells_of_a_study_with_a_teacher(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def study(task: str) -> list[accuracy.Cell]:
+        dense = accuracy.Cell(task, accuracy.DENSE, 1.0, epochs=1, batch_size=4)
+        taught = accuracy.Cell(task, "movement", 0.5, teacher=True, epochs=1, batch_size=4)
+        return [dense, taught]
+
+    monkeypatch.setattr(accuracy, "study", study)
+    lines = run(folders, "--all")
+    assert [line["cell"]["method"] for line in lines] == ["dense", "movement"]
+    assert [line["density"] for line in lines] == pytest.approx([1.0, 0.5], abs=1e-3)
+    assert run(folders, "--all") == lines
+
+
+def test_the_cells_of_the_study_differ() -> None:
+    cells = list(accuracy.study("sst2"))
+    assert len({accuracy.key(cell) for cell in cells}) == len(cells)
+    assert cells[0].method == accuracy.DENSE
+    assert {cell.density for cell in cells} >= {1.0, 0.10, 0.05, 0.03}
+
+
+def test_what_to_run_has_to_be_said(folders: dict[str, Path]) -> None:
+    with pytest.raises(SystemExit, match="say which cell"):
+        run(folders)
+    (folders["--data"] / "dev.tsv").unlink()
+    with pytest.raises(SystemExit, match=r"has no dev\.tsv"):
+        run(folders, "--method", "dense")
+
+
+def test_the_table_shows_what_is_best_on_dev() -> None:
+    def line(method: str, density: float, dev: float, test: float, **cell: Any) -> dict[str, Any]:
+        made = accuracy.Cell("toy", method, density, **cell)
+        return {"cell": asdict(made), "dev": dev, "test": test}
+
+    lines = [
+        line("dense", 1.0, 0.9, 0.88),
+        line("movement", 0.10, 0.80, 0.85),
+        line("movement", 0.10, 0.81, 0.83, scope="global"),
+        line("movement", 0.10, 0.99, 0.99, teacher=True),
+        line("platon", 0.03, 0.7, 0.71),
+    ]
+    rows = [row.split("|")[1:-1] for row in accuracy_table.table(lines).splitlines()[2:5]]
+    found = {row[0].strip(): [value.strip() for value in row[1:]] for row in rows}
+    assert found["dense"][0] == "0.880"
+    assert found["movement"] == ["0.830 / - / -", "79.3 / 76.1", "81.7 / 76.3", "89.1 / 85.6"]
+    assert found["platon"] == ["- / - / 0.710", "", "", ""]
