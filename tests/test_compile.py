@@ -26,7 +26,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "element": {},
     "block": {"granularity": (4, 8)},
     "row, global": {"granularity": "row", "scope": "global"},
-    "soft_movement": {"criterion": "soft_movement", "threshold": 0.75},
+    "soft_movement": {"criterion": "soft_movement", "threshold": 0.75, "penalty_lambda": 100.0},
     "magnitude": {"criterion": "magnitude"},
 }
 

@@ -63,7 +63,8 @@ def test_a_prepared_model_shows_current_and_target_density() -> None:
 
 def test_a_prepared_model_with_a_threshold_shows_it() -> None:
     model = mlp(nn.ReLU())
-    mvpfx.prepare(model, mvpfx.PruningConfig(criterion="soft_movement", threshold=0.1))
+    config = mvpfx.PruningConfig(criterion="soft_movement", threshold=0.1, penalty_lambda=5.0)
+    mvpfx.prepare(model, config)
     assert "tau 0.1000" in mvpfx.sparsity_table(model)
 
 

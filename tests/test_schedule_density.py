@@ -24,7 +24,7 @@ def scheduled(config: mvpfx.PruningConfig) -> tuple[list[Mask], list[str]]:
 def test_cubic_starts_dense() -> None:
     masks, reasons = scheduled(mvpfx.PruningConfig())
     assert {mask.density for mask in masks} == {1.0}
-    assert set(reasons) == {"CubicSchedule(warmup=0.1, cooldown=0.2), ranked alone"}
+    assert set(reasons) == {"CubicSchedule(warmup=0.1, cooldown=0.2, freeze=False), ranked alone"}
 
 
 def test_global_scope_is_one_pool() -> None:
