@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -166,6 +168,11 @@ def _process(rank: int, world: int, folder: str, work: Any, arguments: tuple[Any
         dist.barrier()  # a rank that leaves early takes the connections of the others with it
     finally:
         dist.destroy_process_group()
+    # The result is written. What is left at exit are threads of groups that meshes and FSDP still
+    # hold, whose destructors now and then abort the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def train_cases(rank: int, mesh: DeviceMesh, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
