@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 import mvpfx
 from benchmarks import presets, results_file, training
@@ -49,6 +50,8 @@ class Cell:
     lr: float = 1e-4
     warmup: float = 0.1
     cooldown: float = 0.2
+    freeze: bool = False
+    precision: str = "bf16"
     seed: int = 0
 
     def config(self, model: nn.Module) -> mvpfx.PruningConfig:
@@ -61,7 +64,7 @@ class Cell:
             scope=self.scope,
             score_init=self.score_init,
             penalty_lambda=self.penalty_lambda,
-            schedule=mvpfx.CubicSchedule(warmup=self.warmup, cooldown=self.cooldown),
+            schedule=mvpfx.CubicSchedule(self.warmup, self.cooldown, freeze=self.freeze),
         )
 
 
@@ -89,12 +92,19 @@ def study(task: str) -> Iterator[Cell]:
 def run(cell: Cell, workload: Workload, teacher: nn.Module | None) -> tuple[nn.Module, Any]:
     """Train one cell. Returns the model, and what came out."""
     model = copy.deepcopy(workload.model)
-    recipe = Recipe(cell.epochs, cell.batch_size, cell.lr, cell.score_lr, cell.seed)
+    recipe = Recipe(
+        cell.epochs,
+        cell.batch_size,
+        cell.lr,
+        cell.score_lr,
+        cell.seed,
+        precision=cell.precision,
+    )
     scheduler = None
     if cell.method != DENSE:
         mvpfx.prepare(model, cell.config(model))
         scheduler = mvpfx.SparsityScheduler(model, total_steps=recipe.total_steps(workload.train))
-    by_epoch: list[float] = []
+    by_epoch: list[tuple[float, float]] = []
 
     def after_epoch() -> None:
         assert workload.dev is not None
@@ -104,18 +114,22 @@ def run(cell: Cell, workload: Workload, teacher: nn.Module | None) -> tuple[nn.M
     label = f"{cell.task} {cell.method} {cell.density:g}"
     training.fine_tune(model, workload.train, recipe, label, scheduler, teacher, after_epoch)
     seconds = time.perf_counter() - start
+    test, test_loss = score(model, workload.test)
     return model, {
-        "dev": by_epoch[-1],
-        "test": score(model, workload.test),
-        "dev_by_epoch": by_epoch,
+        "dev": by_epoch[-1][0],
+        "dev_loss": round(by_epoch[-1][1], 4),
+        "test": test,
+        "test_loss": round(test_loss, 4),
+        "dev_by_epoch": [found for found, _ in by_epoch],
         "density": counted_density(model),
         "seconds": round(seconds, 1),
     }
 
 
-def score(model: nn.Module, split: Split) -> float:
-    """Accuracy in eval mode."""
-    return training.accuracy(*training.outputs(model, split))
+def score(model: nn.Module, split: Split) -> tuple[float, float]:
+    """Accuracy and mean cross-entropy in eval mode."""
+    logits, labels = training.outputs(model, split)
+    return training.accuracy(logits, labels), functional.cross_entropy(logits, labels).item()
 
 
 def counted_density(model: nn.Module) -> float:
@@ -199,6 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)  # what Adam remembers of weights without gradients gets there
     tasks = [folder.name for folder in options.data]
     if options.all:
         cells = [cell for task in tasks for cell in study(task)]

@@ -39,21 +39,19 @@ def pruning_config(
 def heads_and_channels(model: nn.Module) -> dict[str, dict[str, Any] | None]:
     """Overrides that score the inputs of each block's two output projections and nothing else.
 
-    A unit is what one head, or one FFN channel, feeds into its output projection: a block of
-    (out_features, head size) or (out_features, 1). Where it goes, `convert` removes what it was
-    computed from as well: rows of query, key and value, or a row of the FFN's first matmul. So
-    the density of the linear layers after convert is the density of the units.
+    A unit is what one head, or one FFN channel, feeds into its output projection. Where it goes,
+    `convert` removes what it was computed from as well: rows of query, key and value, or a row of
+    the FFN's first matmul. So the density of the linear layers after convert is the density of the
+    units.
     """
-    config: Any = model.config
-    head_size = config.hidden_size // config.num_attention_heads
     overrides: dict[str, dict[str, Any] | None] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
         if name.endswith(ATTENTION_OUTPUTS):
-            overrides[name] = {"granularity": (module.out_features, head_size)}
+            overrides[name] = {"granularity": "head"}
         elif name.endswith(FFN_OUTPUTS):
-            overrides[name] = {"granularity": (module.out_features, 1)}
+            overrides[name] = {"granularity": "column"}
         else:
             overrides[name] = None
     if not any(overrides.values()):

@@ -25,6 +25,7 @@ class Recipe:
     score_lr: float
     seed: int
     warmup: float = 0.1  # fraction of the run
+    precision: str = "fp32"  # or "bf16": forwards and backwards under autocast
 
     def total_steps(self, split: Split) -> int:
         """Optimizer steps of the whole run."""
@@ -51,9 +52,8 @@ def fine_tune(
     With `teacher`, which is not trained, its outputs count as in `mvpfx.Distillation()`.
     """
     total_steps = recipe.total_steps(split)
-    optimizer = torch.optim.AdamW(
-        mvpfx.parameter_groups(model, lr=recipe.lr, score_lr=recipe.score_lr)
-    )
+    groups = mvpfx.parameter_groups(model, lr=recipe.lr, score_lr=recipe.score_lr)
+    optimizer = torch.optim.AdamW(groups, fused=True)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_and_decay(recipe, total_steps))
     shuffle = random.Random(recipe.seed)
     torch.manual_seed(recipe.seed)
@@ -61,7 +61,9 @@ def fine_tune(
     with tqdm(total=total_steps, desc=label, mininterval=1.0) as bar:
         for _ in range(recipe.epochs):
             for batch in batches(split, recipe.batch_size, shuffle):
-                loss = loss_of(model, to_device(batch, model), teacher) + mvpfx.penalty(model)
+                with autocast(model, recipe.precision):
+                    loss = loss_of(model, to_device(batch, model), teacher)
+                loss = loss + mvpfx.penalty(model)
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -75,6 +77,12 @@ def fine_tune(
                 after_epoch()
                 model.train()
     model.eval()
+
+
+def autocast(model: nn.Module, precision: str) -> torch.autocast:
+    """The context that forwards of a training step run in."""
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
 
 def loss_of(model: nn.Module, batch: Batch, teacher: nn.Module | None) -> Tensor:

@@ -19,9 +19,13 @@ from mvpfx.rule import (
     check_group_density,
     check_ranked,
     checked_field,
+    without_followers,
 )
 from mvpfx.schedule import CubicSchedule, Schedule
 from mvpfx.site import Site
+
+_UNSAID = CubicSchedule()
+"""The schedule of a configuration that names none."""
 
 
 class Overrides(Mapping[str, "Mapping[str, Any] | None"]):
@@ -56,15 +60,18 @@ class PruningConfig:
 
     Attributes:
         criterion: "movement", "soft_movement", "magnitude", "l0", "saliency", "ema_magnitude",
-            "random" or "platon"; each is a class in `mvpfx.criteria`.
-        granularity: "element", "row", "column", the (rows, cols) of a block, or "N:M", such as
-            "2:4", to keep N of each M weights that are neighbours along the inputs.
+            "random", "platon" or "second_order"; each is a class in `mvpfx.criteria`.
+        granularity: "element", "row", "column", the (rows, cols) of a block, "head" for what an
+            attention head has of a projection, or "N:M", such as "2:4", to keep N of each M weights
+            that are neighbours along the inputs. Heads are scored where their outputs are read,
+            which decides on the whole of them.
         density: final fraction of units kept, above 0 and at most 1; N / M for "N:M".
         scope: "local" keeps that fraction of each weight, "global" of all weights together.
         score_init: "magnitude" starts from the rank of `abs(W)`, which small data sets need;
             "zero" is the paper's, for hundreds of thousands of examples; or a number for all. Only
             for scores that are learned: of movement, soft_movement and l0.
-        schedule: how density (or threshold) moves over the optimizer steps.
+        schedule: how density (or threshold) moves over the optimizer steps; `CubicSchedule()`, of
+            20 cuts for "second_order".
         threshold: final cutoff `tau` of soft movement, in (0, 1).
         penalty_lambda: final factor of the penalty of soft movement and l0, at least 0. None steers
             it to `density`; a number is the paper's way, whose density follows from the scores.
@@ -85,7 +92,7 @@ class PruningConfig:
     density: float = DENSITY
     scope: str = "local"
     score_init: str | float = "magnitude"
-    schedule: Schedule = field(default_factory=CubicSchedule)
+    schedule: Schedule = _UNSAID
     threshold: float = 0.1
     penalty_lambda: float | None = None
     criterion_options: Mapping[str, float] = field(default_factory=lambda: Change({}))
@@ -96,6 +103,9 @@ class PruningConfig:
             object.__setattr__(self, name, checked_field(name, getattr(self, name)))
         criteria.check_options(self.criterion, self.criterion_options)
         check_group_density(self.granularity, self.density, DENSITY)
+        cuts = criteria.find(self.criterion).cuts
+        if self.schedule is _UNSAID and cuts is not None:
+            object.__setattr__(self, "schedule", CubicSchedule(cuts=cuts))
         _check_schedule(self.schedule)
         object.__setattr__(self, "overrides", _checked_overrides(self.overrides))
 
@@ -121,13 +131,17 @@ class PruningConfig:
             if values["criterion"] != self.criterion and "criterion_options" not in change:
                 values["criterion_options"] = Change({})
             criteria.check_options(values["criterion"], values["criterion_options"])
-            values["granularity"] = granularities.parse(values["granularity"])
+            granularity = granularities.parse(values["granularity"])
+            if granularity.head and site.head is None and "granularity" not in change:
+                continue
+            values["granularity"] = granularity.of(site)
             values["granularity"].check(site)
             if values["granularity"].group is not None:
                 values["density"] = values["granularity"].density
                 check_ranked(values["criterion"], values["granularity"], site.name)
             rules[site.name] = Rule(**values)
-        return rules
+        heads = {site.name: site.head for site in candidates if site.head is not None}
+        return without_followers(rules, heads)
 
     def to_json(self) -> str:
         """The configuration as JSON text; `from_json` reads it back."""

@@ -52,11 +52,13 @@ class Option:
         default: where they do not.
         least: the smallest that is allowed.
         most: the greatest that is allowed.
+        whole: whether it counts something.
     """
 
     default: float
     least: float = 0.0
     most: float = math.inf
+    whole: bool = False
 
 
 Progress = Callable[[float, float], float]
@@ -74,11 +76,13 @@ class Criterion(ABC):
     """Whether global scope ranks units across sites."""
     penalised: ClassVar[bool] = False
     """Whether `penalty` adds a term to the loss."""
-    observes: ClassVar[bool] = False
-    """Whether `observe` takes the gradients of the scores, in place of the optimizer."""
+    observes: ClassVar[Literal["nothing", "scores", "weight"]] = "nothing"
+    """Whose gradients `observe` sees: those of the scores it takes in place of the optimizer."""
     averages: ClassVar[tuple[str, ...]] = ()
-    """What a mask holds beside `scores`, of their shape and from 0: frozen parameters of these
-    names, which end in "scores".
+    """Frozen parameters that a mask holds beside `scores`; their names end in "scores"."""
+    cuts: ClassVar[int | None] = None
+    """In how many cuts the density falls where a configuration names no schedule, for criteria that
+    `rank` and `make_up`; None: at each optimizer step.
     """
     options: ClassVar[Mapping[str, Option]] = {}
     """What `PruningConfig(criterion_options=...)` may set."""
@@ -87,10 +91,14 @@ class Criterion(ABC):
         """First `scores` of a mask, float32 `[r, c]`; None where nothing is stored."""
         if self.stored == "nothing":
             return None
-        if self.observes:
+        if self.observes == "scores":
             return torch.zeros_like(mask.unit_weights())
         parts = mask.unit_weights().chunk(mask.site.parts)
         return torch.cat([initial_scores(part, mask.rule.score_init) for part in parts])
+
+    def average(self, mask: Mask, name: str) -> Tensor:
+        """First value of one of `averages`: by default zeros of the shape of the scores."""
+        return torch.zeros_like(mask.require_scores())
 
     def targets(self, rule: Rule, progress: Progress) -> Targets:
         """What the schedule asks for now: by default the density, from 1 to the rule's."""
@@ -125,12 +133,32 @@ class Criterion(ABC):
         raise NotImplementedError(f"{self.name} has no penalty")
 
     def observe(self, mask: Mask, gradient: Tensor) -> None:
-        """Take in the gradient that the scores had in an optimizer step, for those that observe.
+        """Take in a gradient just before an optimizer step, for those that observe.
 
-        It is `dL/dW' * W` summed over each unit, of all batches of the step together, float32
-        `[r, c]`; a `DTensor` where the scores are one. The step itself comes after.
+        That of the scores is `dL/dW' * W` summed over each unit, of all batches of the step
+        together, float32 `[r, c]`, a `DTensor` where the scores are one; that of the weight is
+        `dL/dW' * M`, of the weight's shape and dtype.
         """
         raise NotImplementedError(f"{self.name} does not observe gradients")
+
+    def rank(self, mask: Mask, kept: Tensor) -> None:
+        """Renew what is ranked, where the density has just fallen; for those with `cuts`.
+
+        Args:
+            mask: of the new density.
+            kept: which units stayed until now, bool `[r, c]`.
+        """
+        raise NotImplementedError(f"{self.name} does not rank at cuts")
+
+    def make_up(self, mask: Mask, before: Tensor, after: Tensor) -> None:
+        """Change the weights that stay, after a cut; for those with `cuts`.
+
+        Args:
+            mask: whose weight may be written to.
+            before: which units stayed before the cut, bool `[r, c]`.
+            after: which stay after it, bool `[r, c]`.
+        """
+        raise NotImplementedError(f"{self.name} does not make up for cuts")
 
     def advance(self, mask: Mask) -> None:  # noqa: B027  most criteria have nothing to do here
         """Act once per optimizer step, when the scheduler moves: by default nothing."""

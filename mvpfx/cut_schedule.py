@@ -55,8 +55,7 @@ class StepSchedule(RampSchedule):
             check_part("rewind_to", self.rewind_to)
 
     def _value(self, passed: float, initial: float, final: float) -> float:
-        done = int(passed * self.cuts + 1e-9)
-        return geometric(done / self.cuts, initial, final)
+        return geometric(passed, initial, final)
 
     def check(self, total_steps: int) -> None:
         """Fits where the ramp has a step for each cut, and weights are remembered before the first.
@@ -64,14 +63,10 @@ class StepSchedule(RampSchedule):
         Raises:
             ValueError: if not.
         """
+        super().check(total_steps)
         warmup, cooldown = self.resolve(total_steps)
-        room = total_steps - warmup - cooldown
-        if room < self.cuts:
-            raise ValueError(
-                f"{self.cuts} cuts need as many steps between warm-up and cool-down, and a run of "
-                f"total_steps={total_steps} has {room} there. Train longer, or make fewer cuts."
-            )
-        _check_rewind(self.rewind_to, warmup + -(-room // self.cuts), total_steps)
+        first_cut = -(-(total_steps - warmup - cooldown) // self.cuts)
+        _check_rewind(self.rewind_to, warmup + first_cut, total_steps)
 
     def rewinds(self, step: int, total_steps: int) -> Rewind | None:
         """Remember weights at `rewind_to`, restore them at each cut."""

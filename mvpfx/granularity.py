@@ -29,20 +29,22 @@ _GROUP = re.compile("([0-9]+):([0-9]+)")
 class Granularity:
     """A unit of `rows` outputs by `cols` inputs; None stands for the whole dimension.
 
-    With `group` (N, M) the units are single weights, of which N stay in each M that are neighbours
-    along the inputs: the axis that sparse tensor cores group along.
+    With `head` it is what one attention head has of a projection, whose sizes are known where the
+    site is. With `group` (N, M) the units are single weights, of which N stay in each M that are
+    neighbours along the inputs: the axis that sparse tensor cores group along.
 
     >>> parse((2, 3))
-    Granularity(rows=2, cols=3, group=None)
+    Granularity(rows=2, cols=3, group=None, head=False)
     >>> parse("row")
-    Granularity(rows=1, cols=None, group=None)
+    Granularity(rows=1, cols=None, group=None, head=False)
     >>> parse("2:4")
-    Granularity(rows=1, cols=1, group=(2, 4))
+    Granularity(rows=1, cols=1, group=(2, 4), head=False)
     """
 
     rows: int | None = 1
     cols: int | None = 1
     group: tuple[int, int] | None = None
+    head: bool = False
 
     def __str__(self) -> str:
         """As in a configuration: a name, or the sizes of a block.
@@ -50,11 +52,29 @@ class Granularity:
         >>> print(parse("element"), parse("row"), parse((32, 8)), parse("2:4"))
         element row 32 x 8 2:4
         """
+        if self.head:
+            return "head"
         if self.group is not None:
             return "{}:{}".format(*self.group)
         names = {sizes: name for name, sizes in NAMED.items()}
         sizes = (self.rows, self.cols)
         return names.get(sizes) or " x ".join("all" if n is None else str(n) for n in sizes)
+
+    def of(self, site: Site) -> Granularity:
+        """The same with the sizes that heads have at `site`.
+
+        Raises:
+            ValueError: if it is no projection of an attention.
+        """
+        if not self.head:
+            return self
+        if site.head is None:
+            raise ValueError(
+                f"{site.name} is no projection of an attention whose number of heads is known, so "
+                f'it has no heads. Use another granularity there, such as "row", or leave the '
+                f'site out: overrides={{"{site.module_name or site.name}": None}}'
+            )
+        return Granularity(site.head.rows, site.head.cols, head=True)
 
     @property
     def is_element(self) -> bool:
@@ -162,7 +182,9 @@ def parse(value: object) -> Granularity:
     """
     if isinstance(value, Granularity):
         return value
-    names = ", ".join(f'"{name}"' for name in NAMED)
+    if value == "head":
+        return Granularity(None, None, head=True)
+    names = ", ".join(f'"{name}"' for name in (*NAMED, "head"))
     if isinstance(value, str):
         match = _GROUP.fullmatch(value)
         if match and 0 < int(match[1]) < int(match[2]):

@@ -67,8 +67,8 @@ class Mask(MaskState):
             learned = self.criterion.stored == "parameter"
             self.scores = nn.Parameter(scores) if learned else scores
             for name in self.criterion.averages:
-                average = nn.Parameter(torch.zeros_like(scores), requires_grad=False)
-                self.register_parameter(name, average)
+                average = self.criterion.average(self, name)
+                self.register_parameter(name, nn.Parameter(average, requires_grad=False))
 
     @property
     def criterion(self) -> Criterion:
@@ -202,16 +202,16 @@ class Mask(MaskState):
         where it is float32, or the mean of `abs(W)` over a larger unit.
         """
         if self.granularity.is_element:
-            return self._matrix().float()
+            return self.matrix().float()
         return self.magnitude()
 
     def magnitude(self) -> Tensor:
         """Mean `abs(W)` of each unit, float32 `[r, c]`, detached."""
         rows, cols = self.granularity.block(self.site)
-        total = self.granularity.reduce(self._matrix().float().abs(), self.site.parts).contiguous()
+        total = self.granularity.reduce(self.matrix().float().abs(), self.site.parts).contiguous()
         return total if rows * cols == 1 else total.div_(rows * cols)
 
-    def _matrix(self) -> Tensor:
+    def matrix(self) -> Tensor:
         """The weight as `[outputs, inputs]`, detached."""
         return to_matrix(gathered(self._weight.detach()), self.site.out_dim, self.site.parts)
 

@@ -1,8 +1,9 @@
-"""Observation: criteria that accumulate the gradients of their scores see them at each step.
+"""Observation: criteria that accumulate gradients see them at each optimizer step.
 
-The scores of such criteria are parameters with a gradient, so whatever reduces, shards or unscales
-gradients treats theirs like all others. Just before an optimizer that holds them steps, the
-criterion takes the gradient and the optimizer finds none, so it leaves the scores alone.
+Where they are those of the scores, these are parameters with a gradient, so whatever reduces,
+shards or unscales gradients treats theirs like all others. Just before an optimizer that holds them
+steps, the criterion takes the gradient and the optimizer finds none, so it leaves the scores alone.
+Gradients of weights are looked at and left.
 """
 
 from __future__ import annotations
@@ -41,13 +42,17 @@ def watch_steps(watcher: Watcher) -> None:
 
 @torch.no_grad()
 def observe(masks: Sequence[Mask], optimizer: Optimizer) -> None:
-    """Have the criteria of masks take the gradients of scores that an optimizer holds.
+    """Have the criteria of masks see the gradients of the scores or weights an optimizer holds.
 
     Raises:
         ValueError: it holds a weight, and not the scores that have a gradient.
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for mask in masks:
+        if mask.criterion.observes == "weight":
+            if mask.weight.grad is not None and id(mask.weight) in held:
+                mask.criterion.observe(mask, mask.weight.grad)
+            continue
         scores = mask.source()
         if scores.grad is None:
             continue

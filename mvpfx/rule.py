@@ -10,6 +10,7 @@ from mvpfx import criteria
 from mvpfx import granularity as granularities
 from mvpfx.checks import as_density, as_number
 from mvpfx.granularity import Granularity
+from mvpfx.head_unit import HeadUnit
 
 SCOPES = ("local", "global")
 DENSITY = 0.15
@@ -102,6 +103,22 @@ def check_group_density(granularity: Any, density: float, unsaid: float | None =
             f'granularity "{granularity}" keeps {given:g} of the weights; found '
             f"density={density:g}. Leave density out."
         )
+
+
+def without_followers(rules: dict[str, Rule], heads: Mapping[str, HeadUnit]) -> dict[str, Rule]:
+    """The rules without those of projections to heads that are scored where they are read from.
+
+    One score decides on a head: where the projection from its heads is pruned by heads, those to
+    them are left alone, and what a dead head had of them goes when the model is converted.
+
+    Args:
+        rules: by the names of their sites.
+        heads: what a head has of each site that is a projection.
+    """
+    scored = {name: heads[name] for name, rule in rules.items() if rule.granularity.head}
+    leading = {unit.attention for unit in scored.values() if unit.cols is not None}
+    following = {n for n, u in scored.items() if u.cols is None and u.attention in leading}
+    return {name: rule for name, rule in rules.items() if name not in following}
 
 
 def check_ranked(criterion: str, granularity: Granularity, name: str) -> None:

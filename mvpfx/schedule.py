@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
-from mvpfx.checks import as_number
+from mvpfx.checks import as_count, as_number
 
 Rewind = Literal["remember", "restore"]
 """Weights are remembered as they are, or put back to what was remembered."""
@@ -64,7 +64,7 @@ class Schedule(ABC):
         """Name and options, fit for JSON.
 
         >>> CubicSchedule(warmup=100).to_dict()
-        {'name': 'cubic', 'warmup': 100, 'cooldown': 0.2, 'freeze': False}
+        {'name': 'cubic', 'warmup': 100, 'cooldown': 0.2, 'freeze': False, 'cuts': None}
         """
         return {"name": self.name, **asdict(self)}  # pyright: ignore[reportArgumentType, reportCallIssue]
 
@@ -101,17 +101,24 @@ class RampSchedule(Schedule):
         cooldown: the same, for the final value.
         freeze: whether the masks stay as they are in the cool-down, while weights still learn. By
             default only how much is kept is fixed then, and what is kept still follows the scores.
+        cuts: in how many steps of equal length the ramp falls, the last one where the cool-down
+            begins; None for one at each optimizer step. (The `dt` of Eq. 5 in Sanh et al. 2020 is
+            the length of such a step.)
 
     Raises:
-        TypeError: if either is not a number, or `freeze` no bool.
-        ValueError: if either is negative, or together they leave no step to ramp in.
+        TypeError: if either is not a number, `freeze` no bool, or `cuts` no whole number.
+        ValueError: if either is negative, together they leave no step to ramp in, or there is no
+            cut.
     """
 
     warmup: float | int = 0.1
     cooldown: float | int = 0.2
     freeze: bool = False
+    cuts: int | None = None
 
     def __post_init__(self) -> None:
+        if self.cuts is not None:
+            as_count(self.cuts, "cuts")
         check_part("warmup", self.warmup)
         check_part("cooldown", self.cooldown)
         check_flag("freeze", self.freeze)
@@ -153,6 +160,8 @@ class RampSchedule(Schedule):
         if step >= total_steps - cooldown:
             return final
         passed = (step - warmup) / (total_steps - cooldown - warmup)
+        if self.cuts is not None:
+            passed = int(passed * self.cuts + 1e-9) / self.cuts
         return self._value(passed, initial, final)
 
     def frozen(self, step: int, total_steps: int) -> bool:
@@ -169,8 +178,17 @@ class RampSchedule(Schedule):
         return initial
 
     def check(self, total_steps: int) -> None:
-        """Fits where warm-up and cool-down are shorter than the run."""
-        self.resolve(total_steps)
+        """Fits where the ramp between warm-up and cool-down has a step for each cut.
+
+        Raises:
+            ValueError: if not.
+        """
+        room = total_steps - sum(self.resolve(total_steps))
+        if self.cuts is not None and room < self.cuts:
+            raise ValueError(
+                f"{self.cuts} cuts need as many steps between warm-up and cool-down, and a run of "
+                f"total_steps={total_steps} has {room} there. Train longer, or make fewer cuts."
+            )
 
 
 @dataclass(frozen=True)

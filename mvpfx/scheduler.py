@@ -10,6 +10,7 @@ from torch.optim.optimizer import Optimizer
 
 from mvpfx.adapters import warn_of_frozen_scores
 from mvpfx.checks import as_count
+from mvpfx.cut import check_cuts, cut
 from mvpfx.distributed import is_sharded
 from mvpfx.mask import Mask
 from mvpfx.observation import observe, watch_steps
@@ -55,7 +56,9 @@ class SparsityScheduler:
         mark_optimizer_built(model)
         warn_of_frozen_scores(model, self._masks)
         rank_together(self._masks)
-        self._observing = [mask for mask in self._masks if mask.criterion.observes]
+        self._observing = [mask for mask in self._masks if mask.criterion.observes != "nothing"]
+        self._cutting = [mask for mask in self._masks if mask.criterion.cuts is not None]
+        check_cuts(self._cutting, self.total_steps)
         self._steerings = steerings(self._masks, self.total_steps)
         if self._observing or self._steerings:
             watch_steps(self)
@@ -91,7 +94,7 @@ class SparsityScheduler:
         self.step_count += 1
         for mask in self._masks:
             mask.criterion.advance(mask)
-        self._move()
+        cut(self._cutting, self._move)
         self._freeze()
         self._rewind()
         for steering in self._steerings:

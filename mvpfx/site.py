@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mvpfx.head_unit import HeadUnit
+
 
 @dataclass(frozen=True)
 class Site:
@@ -17,6 +19,7 @@ class Site:
         aliases: further names of the same parameter, where it is tied.
         parts: number of matrices that the parameter stacks along its first dimension: the experts
             of a mixture. No unit crosses a part, and local scope ranks within each.
+        head: what one attention head has of it; None where it is no projection of an attention.
     """
 
     name: str
@@ -24,6 +27,7 @@ class Site:
     out_dim: int = 0
     aliases: tuple[str, ...] = ()
     parts: int = 1
+    head: HeadUnit | None = None
 
     @property
     def module_name(self) -> str:

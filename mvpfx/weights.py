@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from mvpfx.head_unit import head_unit
 from mvpfx.recurrent import recurrent_weights
 from mvpfx.site import Site
 from mvpfx.transformers_types import is_conv1d, is_experts
@@ -32,7 +33,11 @@ def layer_sites(model: nn.Module) -> Iterator[Site]:
             full = f"{module_name}.{name}" if module_name else name
             aliases = tuple(other for other in names[full] if other != full)
             parts = weight.shape[0] if is_experts(module) else 1
-            yield Site(full, tuple(weight.shape), out_dim, aliases, parts)
+            shape = tuple(weight.shape)
+            head = None
+            if len(shape) == 2:
+                head = head_unit(model, full, shape[out_dim], shape[1 - out_dim])
+            yield Site(full, shape, out_dim, aliases, parts, head)
 
 
 def weight_owners(model: nn.Module) -> Iterator[str]:

@@ -13,7 +13,7 @@ from mvpfx.config import PruningConfig
 from mvpfx.facts import fact
 from mvpfx.mask import Mask
 from mvpfx.matmul import find_matmuls
-from mvpfx.patterns import specificity
+from mvpfx.patterns import merge_overrides, specificity
 from mvpfx.pipeline import Decision, Pass
 from mvpfx.program import Program, full_name
 from mvpfx.region import block_names
@@ -72,6 +72,11 @@ class FindSites(Pass):
             yield Decision(name, "site", False, COMPUTED)
         for name in waiting if not candidates else ():
             yield Decision(name or kind, "site", False, "its weights are found at its first call")
+        if candidates and not program.rules and self.config.granularity == "head":
+            raise ValueError(
+                f"{kind} has no attention whose number of heads is known, so granularity "
+                '"head" leaves no site. Use another granularity, such as "row".'
+            )
         if candidates and not program.rules:
             raise ValueError(
                 f"overrides leave no site in {kind}: {len(candidates)} weights feed a matmul. "
@@ -79,11 +84,17 @@ class FindSites(Pass):
                 f'overrides={{"{next(iter(candidates))}": {{}}}}.'
             )
         program.sites = {name: candidates[name] for name in candidates if name in program.rules}
+        changes = merge_overrides(self.config.overrides, list(candidates.values()))
         for name in candidates:
             if name in program.rules:
                 yield Decision(name, "site", True, _rule_text(program, name))
             else:
-                yield Decision(name, "site", False, _reason(program, candidates[name], defaults))
+                yield Decision(
+                    name,
+                    "site",
+                    False,
+                    _reason(program, candidates[name], changes[name][0], defaults),
+                )
 
 
 @fact("sites")
@@ -131,10 +142,14 @@ def _defaults(program: Program, candidates: dict[str, Site]) -> list[str]:
     return inside or own
 
 
-def _reason(program: Program, site: Site, defaults: list[str]) -> str:
-    """Why a candidate is no site."""
-    if site.name in defaults:
+def _reason(program: Program, site: Site, included: bool | None, defaults: list[str]) -> str:
+    """Why a candidate is no site; `included` is what overrides say of it."""
+    if included is False:
         return "an override leaves it alone"
+    if included or site.name in defaults:
+        if site.head is None:
+            return "it has no attention heads"
+        return "its heads are scored where their outputs are read, and go as a whole"
     if is_adapter(program.model, site.module_name):
         return "it belongs to an adapter, which adds to what the masked weight computes"
     if is_router(program.model.get_submodule(site.module_name)):

@@ -111,10 +111,14 @@ class Run:
     penalty_lambda: float = 3.0
     steps: int = 0
     averages: dict[int, tuple[Array, Array]] = field(default_factory=dict[int, tuple[Array, Array]])
+    fishers: list[Array] = field(default_factory=list[Array])
+    damping: float = 3.0
 
     def __post_init__(self) -> None:
         self.weight_optimizer = Adam(self.lr, self.plain)
         self.score_optimizer = Adam(self.score_lr, self.plain)
+        if self.criterion == "second_order":
+            self.fishers = [np.zeros((w.size, w.size)) for w in self.weights]
 
     def scheduled(self, first: float, last: float) -> float:
         return cubic(self.steps, self.total, self.warmup, self.cooldown, first, last)
@@ -156,7 +160,18 @@ class Run:
         grads: list[Array] = [g * m for g, m in zip(masked_grads, factors, strict=True)]
         self.weight_optimizer.update(self.weights, grads)
         self._score(movements, slopes)
+        before = self.masks()
+        if self.criterion == "second_order" and self.scheduled(1.0, self.density) > self.density:
+            for fisher, g in zip(self.fishers, grads, strict=True):
+                fisher *= 0.99
+                fisher += 0.01 * np.outer(g, g)
         self.steps += 1
+        density, last = (
+            cubic(s, self.total, self.warmup, self.cooldown, 1.0, self.density)
+            for s in (self.steps, self.steps - 1)
+        )
+        if self.criterion == "second_order" and density != last:
+            self._cut(before)
 
     def _score(self, movements: list[Array], slopes: list[Any]) -> None:
         """What the criterion makes of `dL/dW' * W`, summed over the units, and of new weights."""
@@ -179,6 +194,40 @@ class Run:
                 uncertainty = 0.95 * uncertainty + 0.05 * np.abs(change - sensitivity)
                 self.averages[i] = sensitivity, uncertainty
                 s[:] = sensitivity * uncertainty
+
+    def _cut(self, before: list[Mask]) -> None:
+        """Kurtic et al. 2022, Eq. 4 and 5, with the inverses that are written there."""
+        inverses: list[Array] = []
+        for i, (w, kept) in enumerate(zip(self.weights, before, strict=True)):
+            inverse, stays = self._inverse(i, w, expand(kept, self.block)), kept.ravel()
+            inverses.append(inverse)
+            units = np.arange(w.size).reshape(w.shape)
+            for unit in np.ndindex(self.scores[i].shape):
+                (r, c), (rows, cols) = unit, self.block
+                loss = 0.0
+                for piece in units[r * rows : (r + 1) * rows, c * cols : (c + 1) * cols]:
+                    own = w.ravel()[piece]
+                    loss += 0.5 * own @ np.linalg.inv(inverse[np.ix_(piece, piece)]) @ own
+                self.scores[i][unit] = loss if stays.reshape(kept.shape)[unit] else -1.0
+        for w, old, new, inverse in zip(self.weights, before, self.masks(), inverses, strict=True):
+            gone = np.flatnonzero(expand(old & ~new, self.block))
+            if gone.size:
+                pull = np.linalg.inv(inverse[np.ix_(gone, gone)]) @ w.ravel()[gone]
+                change = -(inverse[:, gone] @ pull).reshape(w.shape)
+                w += change * expand(new, self.block)
+
+    def _inverse(self, i: int, weight: Array, kept: Mask) -> Array:
+        """Of the damped Fisher matrix of each 50 neighbours, or the most whole pieces of units."""
+        fisher = self.fishers[i] / (1 - 0.99**self.steps) * np.outer(kept, kept)
+        size = 50 // self.block[1] * self.block[1]
+        block = np.arange(weight.size) // size
+        inverse = np.zeros_like(fisher)
+        for b in range(block.max() + 1):
+            at = np.flatnonzero(block == b)
+            inner = fisher[np.ix_(at, at)]
+            damping = max(self.damping, 1e-6 * inner.diagonal().max())
+            inverse[np.ix_(at, at)] = np.linalg.inv(inner + damping * np.eye(at.size))
+        return inverse
 
     def _penalty_slope(self, scores: Array) -> Array:
         if self.criterion == "soft_movement":

@@ -52,8 +52,8 @@ def test_the_structured_preset_scores_output_projections_only() -> None:
     found = presets.heads_and_channels(workloads.digits(seed=0).model)
     kept = {name: rule for name, rule in found.items() if rule is not None}
     assert kept == {
-        **{f"vit.layers.{i}.attention.o_proj": {"granularity": (128, 32)} for i in range(4)},
-        **{f"vit.layers.{i}.mlp.fc2": {"granularity": (128, 1)} for i in range(4)},
+        **{f"vit.layers.{i}.attention.o_proj": {"granularity": "head"} for i in range(4)},
+        **{f"vit.layers.{i}.mlp.fc2": {"granularity": "column"} for i in range(4)},
     }
     assert found["classifier"] is None
     assert found["vit.layers.0.attention.q_proj"] is None

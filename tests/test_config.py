@@ -58,12 +58,12 @@ HOW = 'To leave a weight alone, use overrides={"its name": None}.'
             {"criterion": "moving"},
             ValueError,
             'criterion "moving" is unknown. Use one of "movement", "soft_movement", "magnitude", '
-            '"l0", "saliency", "ema_magnitude", "random", "platon".',
+            '"l0", "saliency", "ema_magnitude", "random", "platon", "second_order".',
         ),
         (
             {"granularity": "rows"},
             ValueError,
-            'granularity "rows" is unknown. Use "element", "row", "column", "N:M" with '
+            'granularity "rows" is unknown. Use "element", "row", "column", "head", "N:M" with '
             'N below M, such as "2:4", or the (rows, cols) of a block, such as (32, 32).',
         ),
         (

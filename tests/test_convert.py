@@ -79,7 +79,7 @@ def test_the_input_model_is_left_as_it_was(name: str) -> None:
 def test_heads_and_channels_go(name: str, out: str, channels: str, heads: int) -> None:
     others = "query|key|value|intermediate.dense|[qkv]_proj|[qkv]_lin|fc1|lin1"
     overrides: dict[str, Any] = {
-        f"re:.*{out}": {"granularity": (32, 32 // heads)},
+        f"re:.*{out}": {"granularity": "head"},
         f"re:.*{channels}": {"granularity": (32, 1)},
         f"re:.*({others})": None,
     }

@@ -33,7 +33,7 @@ def registry() -> Iterator[None]:
 def test_unknown_criterion() -> None:
     known = (
         '"movement", "soft_movement", "magnitude", "l0", "saliency", "ema_magnitude", "random", '
-        '"platon"'
+        '"platon", "second_order"'
     )
     with raises(ValueError, f'criterion "moving" is unknown. Use one of {known}.'):
         criteria.find("moving")
@@ -124,7 +124,7 @@ class Recency(Criterion):
 
     name = "recency"
     stored = "parameter"
-    observes = True
+    observes = "scores"
     averages = ("last_scores",)
     options = {"share": Option(0.5, most=1.0)}
 

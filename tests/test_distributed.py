@@ -28,6 +28,8 @@ MODELS: list[dict[str, Any]] = [
     {"name": "llama", "scope": "global"},
 ]
 ENGINES = ["ddp", "fsdp", "fsdp_kept"]
+RUNS = [(engine, model) for engine in ENGINES for model in MODELS]
+RUNS.append(("ddp", {"name": "odd", "criterion": "second_order", "scope": "global"}))
 
 
 def single(model: dict[str, Any], parts: int) -> Run:
@@ -41,9 +43,7 @@ def single(model: dict[str, Any], parts: int) -> Run:
 @pytest.fixture(scope="module")
 def ranks() -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Results of both ranks by engine and model."""
-    cases: list[dict[str, Any]] = [
-        {"model": model, "engine": engine} for engine in ENGINES for model in MODELS
-    ]
+    cases: list[dict[str, Any]] = [{"model": model, "engine": engine} for engine, model in RUNS]
     results = launch(2, train_cases, cases)
     return {
         (case["engine"], str(case["model"])): [result[i] for result in results]
@@ -51,8 +51,7 @@ def ranks() -> dict[tuple[str, str], list[dict[str, Any]]]:
     }
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("model", MODELS, ids=str)
+@pytest.mark.parametrize(("engine", "model"), RUNS, ids=str)
 def test_ranks_agree_with_one_another_and_with_one_process(
     ranks: dict[tuple[str, str], list[dict[str, Any]]], engine: str, model: dict[str, Any]
 ) -> None:

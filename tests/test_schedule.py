@@ -148,7 +148,7 @@ ALL = "'cubic', 'linear', 'exponential', 'step', 'one_shot', 'constant'"
         (
             {"name": "cubic", "warm": 1},
             ValueError,
-            "schedule 'cubic' has no option 'warm'. It has warmup, cooldown, freeze.",
+            "schedule 'cubic' has no option 'warm'. It has warmup, cooldown, freeze, cuts.",
         ),
         (
             {"name": "constant", "warmup": 1},

@@ -50,6 +50,7 @@ def test_scores_weights_and_masks_are_the_papers(
     scope: str,
     device: str,
 ) -> None:
+    damping = {"damping": Run.damping} if criterion == "second_order" else {}
     stack = Stack(
         values(6, 12, device=device),
         values(8, 6, seed=1, device=device),
@@ -61,6 +62,7 @@ def test_scores_weights_and_masks_are_the_papers(
         score_init=score_init,
         threshold=0.5,
         penalty_lambda=3.0,
+        criterion_options=damping,
     )
     run = Run(
         criterion=criterion,

@@ -12,6 +12,7 @@ from mvpfx.criteria.movement import Movement
 from mvpfx.criteria.platon import Platon
 from mvpfx.criteria.random import Random
 from mvpfx.criteria.saliency import Saliency
+from mvpfx.criteria.second_order import SecondOrder
 from mvpfx.criteria.soft_movement import SoftMovement
 from mvpfx.criterion import Criterion
 
@@ -26,6 +27,7 @@ _CRITERIA: dict[str, Criterion] = {
         EmaMagnitude(),
         Random(),
         Platon(),
+        SecondOrder(),
     )
 }
 
@@ -69,6 +71,8 @@ def check_options(name: str, values: Mapping[str, float]) -> None:
             known = ", ".join(f'"{known}"' for known in options) or "none"
             raise ValueError(f'criterion "{name}" has no option {key!r}. It has {known}.')
         number, option = as_number(value, f"criterion_options[{key!r}]"), options[key]
+        if option.whole and number != int(number):
+            raise TypeError(f"criterion_options[{key!r}] must be a whole number; found {value!r}.")
         if not option.least <= number <= option.most:
             raise ValueError(
                 f"criterion_options[{key!r}] must be from {option.least:g} to {option.most:g}; "

@@ -24,7 +24,7 @@ class Platon(Criterion):
 
     name = "platon"
     stored = "parameter"
-    observes = True
+    observes = "scores"
     averages = ("sensitivity_scores", "uncertainty_scores")
     options: ClassVar[Mapping[str, Option]] = {
         "beta_1": Option(0.85, most=1.0),

@@ -23,7 +23,7 @@ class Random(Criterion):
 
     name = "random"
     stored = "buffer"
-    options: ClassVar[Mapping[str, Option]] = {"seed": Option(0)}
+    options: ClassVar[Mapping[str, Option]] = {"seed": Option(0, whole=True)}
 
     def initial(self, mask: Mask) -> Tensor:
         """Uniform in [0, 1)."""

@@ -23,7 +23,7 @@ class Saliency(Criterion):
 
     name = "saliency"
     stored = "parameter"
-    observes = True
+    observes = "scores"
 
     def observe(self, mask: Mask, gradient: Tensor) -> None:
         """Add one step's change."""

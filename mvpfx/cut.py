@@ -1,0 +1,59 @@
+"""Cut: the step at which a density falls, for criteria that rank anew there and make up for it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+from mvpfx.distributed import is_sharded
+
+if TYPE_CHECKING:
+    from mvpfx.mask import Mask
+
+
+@torch.no_grad()
+def cut(masks: Sequence[Mask], move: Callable[[], None]) -> None:
+    """Move all masks; where that lowers a density, rank anew first, and make up for what goes.
+
+    Args:
+        masks: those whose criterion has `cuts`.
+        move: takes all masks of the model to the next step of their schedules.
+    """
+    before = [(mask, mask.density, mask.kept()) for mask in masks]
+    move()
+    falling = [(mask, kept) for mask, density, kept in before if mask.density != density]
+    for mask, kept in falling:
+        mask.criterion.rank(mask, kept)
+    after = [mask.kept() for mask, _ in falling]
+    for (mask, kept), stays in zip(falling, after, strict=True):
+        mask.criterion.make_up(mask, kept, stays)
+
+
+def check_cuts(masks: Sequence[Mask], total_steps: int) -> None:
+    """Make sure that masks can be cut; warn where that is to happen all the time.
+
+    Raises:
+        ValueError: if a weight is sharded.
+    """
+    for mask in masks:
+        if is_sharded(mask.weight):
+            raise ValueError(
+                f"{mask.site.name} is sharded over ranks, and {mask.rule.criterion} looks at whole "
+                "weights. Use DDP, or another criterion."
+            )
+    plan = masks[0].plan if masks else None
+    if plan is None:
+        return
+    values = [plan(step, total_steps, 1.0, 0.0) for step in range(total_steps + 1)]
+    cuts = sum(one != other for one, other in pairwise(values))
+    wanted = masks[0].criterion.cuts or 1
+    if cuts > 5 * wanted:
+        warnings.warn(
+            f"{masks[0].rule.criterion} solves for its weights at each of {cuts} cuts, which takes "
+            f"long. Give the schedule fewer, such as CubicSchedule(cuts={wanted}).",
+            stacklevel=3,
+        )
