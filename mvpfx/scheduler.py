@@ -15,6 +15,7 @@ from mvpfx.distributed import is_sharded
 from mvpfx.mask import Mask
 from mvpfx.observation import observe, watch_steps
 from mvpfx.ranking import rank_together
+from mvpfx.short_run import warn_of_short_run
 from mvpfx.state import mark_optimizer_built
 from mvpfx.steering import steerings
 from mvpfx.swap import MASK_SUFFIX
@@ -59,6 +60,7 @@ class SparsityScheduler:
         self._observing = [mask for mask in self._masks if mask.criterion.observes != "nothing"]
         self._cutting = [mask for mask in self._masks if mask.criterion.cuts is not None]
         check_cuts(self._cutting, self.total_steps)
+        warn_of_short_run(self._masks, self.total_steps)
         self._steerings = steerings(self._masks, self.total_steps)
         if self._observing or self._steerings:
             watch_steps(self)
