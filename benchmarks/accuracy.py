@@ -41,7 +41,7 @@ class Cell:
     density: float
     score_lr: float = 1e-2
     scope: str = "local"
-    score_init: str = "magnitude"
+    score_init: str | None = None  # the criterion's own
     penalty_lambda: float | None = None
     granularity: str = "element"
     teacher: bool = False
@@ -202,7 +202,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if field.type == "bool":
             parser.add_argument(flag, action="store_true")
         else:
-            kinds = {"float": float, "float | None": float, "int": int, "str": str}
+            kinds = {
+                "float": float,
+                "float | None": float,
+                "int": int,
+                "str": str,
+                "str | None": str,
+            }
             kind = kinds[str(field.type)]
             parser.add_argument(flag, type=kind)
     return parser.parse_args(arguments)

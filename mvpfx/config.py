@@ -19,6 +19,7 @@ from mvpfx.rule import (
     check_group_density,
     check_ranked,
     checked_field,
+    own_score_init,
     without_followers,
 )
 from mvpfx.schedule import CubicSchedule, Schedule
@@ -67,9 +68,11 @@ class PruningConfig:
             which decides on the whole of them.
         density: final fraction of units kept, above 0 and at most 1; N / M for "N:M".
         scope: "local" keeps that fraction of each weight, "global" of all weights together.
-        score_init: "magnitude" starts from the rank of `abs(W)`, which small data sets need;
-            "zero" is the paper's, for hundreds of thousands of examples; or a number for all. Only
-            for scores that are learned: of movement, soft_movement and l0.
+        score_init: "sensitivity" starts from the rank of what the loss would miss, measured in the
+            schedule's warm-up, which small data sets need; "magnitude" from the rank of `abs(W)`;
+            "zero" is the paper's, for hundreds of thousands of examples; or a number for all. None
+            is "sensitivity" for movement, "magnitude" for soft_movement and l0; other scores are
+            not learned.
         schedule: how density (or threshold) moves over the optimizer steps; `CubicSchedule()`, of
             20 cuts for "second_order".
         threshold: final cutoff `tau` of soft movement, in (0, 1).
@@ -91,7 +94,7 @@ class PruningConfig:
     granularity: str | tuple[int, int] = "element"
     density: float = DENSITY
     scope: str = "local"
-    score_init: str | float = "magnitude"
+    score_init: str | float | None = None
     schedule: Schedule = _UNSAID
     threshold: float = 0.1
     penalty_lambda: float | None = None
@@ -102,6 +105,7 @@ class PruningConfig:
         for name in RULE_FIELDS:
             object.__setattr__(self, name, checked_field(name, getattr(self, name)))
         criteria.check_options(self.criterion, self.criterion_options)
+        own_score_init(self.criterion, self.score_init)
         check_group_density(self.granularity, self.density, DENSITY)
         cuts = criteria.find(self.criterion).cuts
         if self.schedule is _UNSAID and cuts is not None:
@@ -131,6 +135,7 @@ class PruningConfig:
             if values["criterion"] != self.criterion and "criterion_options" not in change:
                 values["criterion_options"] = Change({})
             criteria.check_options(values["criterion"], values["criterion_options"])
+            values["score_init"] = own_score_init(values["criterion"], values["score_init"])
             granularity = granularities.parse(values["granularity"])
             if granularity.head and site.head is None and "granularity" not in change:
                 continue

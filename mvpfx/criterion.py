@@ -82,7 +82,11 @@ class Criterion(ABC):
     """Frozen parameters that a mask holds beside `scores`; their names end in "scores"."""
     cuts: ClassVar[int | None] = None
     """In how many cuts the density falls where a configuration names no schedule, for criteria that
-    `rank` and `make_up`; None: at each optimizer step.
+    `rank` and `make_up` at each; None: at each optimizer step.
+    """
+    score_inits: ClassVar[tuple[str, ...]] = ("magnitude", "zero")
+    """Words for first scores, where they are learned; the first is for configurations that name
+    none.
     """
     options: ClassVar[Mapping[str, Option]] = {}
     """What `PruningConfig(criterion_options=...)` may set."""
@@ -132,6 +136,10 @@ class Criterion(ABC):
         """Differentiable scalar that the penalty multiplies by `lambda`; for `penalised` ones."""
         raise NotImplementedError(f"{self.name} has no penalty")
 
+    def watches(self, mask: Mask) -> Literal["nothing", "scores", "weight"]:
+        """Whose gradients `observe` is to see now: by default as `observes` says."""
+        return self.observes
+
     def observe(self, mask: Mask, gradient: Tensor) -> None:
         """Take in a gradient just before an optimizer step, for those that observe.
 
@@ -141,12 +149,13 @@ class Criterion(ABC):
         """
         raise NotImplementedError(f"{self.name} does not observe gradients")
 
-    def rank(self, mask: Mask, kept: Tensor) -> None:
-        """Renew what is ranked, where the density has just fallen; for those with `cuts`.
+    def rank(self, mask: Mask, kept: Tensor | None) -> None:
+        """Renew what is ranked, where the density has just fallen; for those with `cuts` at each
+        cut, for those whose first scores are measured at the first.
 
         Args:
             mask: of the new density.
-            kept: which units stayed until now, bool `[r, c]`.
+            kept: which units stayed until now, bool `[r, c]`; None for all of them.
         """
         raise NotImplementedError(f"{self.name} does not rank at cuts")
 

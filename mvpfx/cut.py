@@ -1,4 +1,4 @@
-"""Cut: the step at which a density falls, for criteria that rank anew there and make up for it."""
+"""Cut: the step at which a density falls, where criteria rank anew or make up for what goes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,26 @@ def cut(masks: Sequence[Mask], move: Callable[[], None]) -> None:
     """Move all masks; where that lowers a density, rank anew first, and make up for what goes.
 
     Args:
-        masks: those whose criterion has `cuts`.
+        masks: those whose criterion has `cuts`, or whose first scores are measured.
         move: takes all masks of the model to the next step of their schedules.
     """
-    before = [(mask, mask.density, mask.kept()) for mask in masks]
+    before = [
+        (mask, mask.density, mask.kept() if _makes_up(mask) else None)
+        for mask in masks
+        if _makes_up(mask) or mask.measuring
+    ]
     move()
     falling = [(mask, kept) for mask, density, kept in before if mask.density != density]
     for mask, kept in falling:
         mask.criterion.rank(mask, kept)
-    after = [mask.kept() for mask, _ in falling]
-    for (mask, kept), stays in zip(falling, after, strict=True):
+    whole = [(mask, kept) for mask, kept in falling if kept is not None]
+    after = [mask.kept() for mask, _ in whole]
+    for (mask, kept), stays in zip(whole, after, strict=True):
         mask.criterion.make_up(mask, kept, stays)
+
+
+def _makes_up(mask: Mask) -> bool:
+    return mask.criterion.cuts is not None
 
 
 def check_cuts(masks: Sequence[Mask], total_steps: int) -> None:
@@ -39,6 +48,7 @@ def check_cuts(masks: Sequence[Mask], total_steps: int) -> None:
     Raises:
         ValueError: if a weight is sharded.
     """
+    masks = [mask for mask in masks if _makes_up(mask)]
     for mask in masks:
         if is_sharded(mask.weight):
             raise ValueError(

@@ -35,6 +35,16 @@ def gathered(value: Tensor) -> Tensor:
     return whole.full_tensor() if is_sharded(value) else value
 
 
+def scattered(whole: Tensor, like: Tensor) -> Tensor:
+    """The part of `whole` that this rank has of `like`; itself where that is not sharded."""
+    if not is_sharded(like):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    shard: Any = like
+    return distribute_tensor(whole, shard.device_mesh, shard.placements, src_data_rank=None)
+
+
 def check_whole(model: nn.Module) -> None:
     """Make sure that no parameter is sharded.
 

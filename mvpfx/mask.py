@@ -18,6 +18,7 @@ from mvpfx.mask_state import MaskState
 from mvpfx.ranking import Ranking
 from mvpfx.rule import Rule
 from mvpfx.schedule import Schedule
+from mvpfx.score_init import SENSITIVITY
 from mvpfx.site import Site
 from mvpfx.torch_private import is_fake, modes_off, transforms_off
 
@@ -94,19 +95,19 @@ class Mask(MaskState):
         self._plan = schedule
         self.make_room(schedule, self.granularity.units_shape(self.site))
         self._set_targets(0, schedule.start if schedule else lambda initial, final: initial)
+        if self.measuring:
+            with torch.no_grad():
+                self.require_scores().zero_()
 
-    def plan_text(self) -> str:
-        """The plan for people: the schedule, what it moves, and between which values."""
-        plan = self._plan
-        if plan is None:
-            return "no schedule"
-        first = self.criterion.targets(self.rule, plan.start)
-        last = self.criterion.targets(self.rule, lambda initial, final: final)
-        if last.density is not None:
-            return f"{plan.name}: density {first.density:.4g} to {last.density:.4g}"
-        if last.steered is not None:
-            return f"{plan.name}: density steered from {first.steered:.4g} to {last.steered:.4g}"
-        return f"{plan.name}: threshold {first.threshold:.4g} to {last.threshold:.4g}"
+    @property
+    def measures(self) -> bool:
+        """Whether the first scores are measured before the first cut."""
+        return self.rule.score_init == SENSITIVITY and SENSITIVITY in self.criterion.score_inits
+
+    @property
+    def measuring(self) -> bool:
+        """Whether they are being measured now: while all units stay."""
+        return self.measures and self._plan is not None and self.density == 1
 
     def set_step(self, step: int, total_steps: int) -> None:
         """Move density, threshold and penalty to where the schedule has them after `step` steps.

@@ -49,17 +49,16 @@ def observe(masks: Sequence[Mask], optimizer: Optimizer) -> None:
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for mask in masks:
-        if mask.criterion.observes == "weight":
-            if mask.weight.grad is not None and id(mask.weight) in held:
-                mask.criterion.observe(mask, mask.weight.grad)
-            continue
-        scores = mask.source()
-        if scores.grad is None:
+        watched = mask.criterion.watches(mask)
+        scores, weight = mask.source(), mask.weight
+        if watched == "weight" and weight.grad is not None and id(weight) in held:
+            mask.criterion.observe(mask, weight.grad)
+        if watched != "scores" or scores.grad is None:
             continue
         if id(scores) in held:
             gradient, scores.grad = scores.grad, None
             mask.criterion.observe(mask, gradient)
-        elif id(mask.weight) in held:
+        elif id(weight) in held:
             raise ValueError(
                 f"the optimizer holds {mask.site.name} and not its scores, whose gradients "
                 f"{mask.rule.criterion} accumulates. Make it with "

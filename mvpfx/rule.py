@@ -15,7 +15,7 @@ from mvpfx.head_unit import HeadUnit
 SCOPES = ("local", "global")
 DENSITY = 0.15
 """Of a configuration that says nothing of it."""
-SCORE_INITS = ("magnitude", "zero")
+SCORE_INITS = ("sensitivity", "magnitude", "zero")
 
 
 class Change(Mapping[str, Any]):
@@ -46,7 +46,7 @@ class Rule:
         granularity: shape of the unit that one score governs.
         density: fraction of units kept at the end.
         scope: "local" ranks within the site, "global" across sites.
-        score_init: first scores: "magnitude", "zero" or a number.
+        score_init: first scores: "sensitivity", "magnitude", "zero" or a number.
         threshold: final cutoff of `sigmoid(scores)`, for criteria that have one.
         penalty_lambda: final factor of the penalty, for criteria that have one; None steers it.
         criterion_options: numbers of the criterion's own.
@@ -81,7 +81,7 @@ def checked_field(name: str, value: Any) -> Any:
     if name == "criterion_options":
         return _checked_options(value)
     if name == "score_init":
-        return value if value in SCORE_INITS else _constant_scores(value)
+        return value if value is None or value in SCORE_INITS else _constant_scores(value)
     if name == "penalty_lambda" and value is None:
         return None
     number = as_number(value, name)
@@ -119,6 +119,25 @@ def without_followers(rules: dict[str, Rule], heads: Mapping[str, HeadUnit]) -> 
     leading = {unit.attention for unit in scored.values() if unit.cols is not None}
     following = {n for n, u in scored.items() if u.cols is None and u.attention in leading}
     return {name: rule for name, rule in rules.items() if name not in following}
+
+
+def own_score_init(criterion: str, score_init: str | float | None) -> str | float:
+    """First scores as asked for, or the criterion's own where nothing is said.
+
+    Raises:
+        ValueError: if the criterion learns its scores, and cannot start so.
+    """
+    known = criteria.find(criterion)
+    if score_init is None:
+        return known.score_inits[0]
+    learned = known.stored == "parameter" and known.observes == "nothing"
+    if learned and isinstance(score_init, str) and score_init not in known.score_inits:
+        choice = ", ".join(f'"{word}"' for word in known.score_inits)
+        raise ValueError(
+            f'criterion "{criterion}" cannot start from score_init="{score_init}". Use {choice} '
+            "or a number."
+        )
+    return score_init
 
 
 def check_ranked(criterion: str, granularity: Granularity, name: str) -> None:

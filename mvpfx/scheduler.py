@@ -57,8 +57,10 @@ class SparsityScheduler:
         mark_optimizer_built(model)
         warn_of_frozen_scores(model, self._masks)
         rank_together(self._masks)
-        self._observing = [mask for mask in self._masks if mask.criterion.observes != "nothing"]
-        self._cutting = [mask for mask in self._masks if mask.criterion.cuts is not None]
+        self._observing = [
+            m for m in self._masks if m.measures or m.criterion.observes != "nothing"
+        ]
+        self._cutting = [m for m in self._masks if m.measures or m.criterion.cuts is not None]
         check_cuts(self._cutting, self.total_steps)
         warn_of_short_run(self._masks, self.total_steps)
         self._steerings = steerings(self._masks, self.total_steps)

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from mvpfx.score_init import SENSITIVITY
+
 if TYPE_CHECKING:
     from mvpfx.mask import Mask
     from mvpfx.schedule import Schedule
@@ -15,6 +17,8 @@ UPDATES = 100
 """Of scores while the density falls: at a learning rate of 1e-2 they move by 1 at most in these,
 half of the range that `score_init="magnitude"` starts from.
 """
+MEASURED = 20
+"""Gradients that a sensitivity is the sum of, at least."""
 UPDATES_FROM_EQUAL = 1000
 """Of scores that start all equal before the first cut: with 130, on 6,920 sentences, it removes
 weights at random, which a pretrained model does not survive; the paper's runs have 5,400 and more.
@@ -34,13 +38,19 @@ def warn_of_short_run(masks: Iterable[Mask], total_steps: int) -> None:
             continue
         first, ramp = _cuts(mask.plan, total_steps)
         learned = mask.criterion.observes == "nothing"
-        equal = learned and mask.rule.score_init != "magnitude"
+        equal = learned and mask.rule.score_init not in ("magnitude", SENSITIVITY)
         if equal and first < UPDATES_FROM_EQUAL:
             said.add(
                 f"scores that start all equal (score_init={mask.rule.score_init!r}) have {first} "
                 f"updates before the first cut of a run of total_steps={total_steps}, so noise "
                 'chooses what goes. Use score_init="magnitude", or a warm-up of '
                 f"{UPDATES_FROM_EQUAL} steps or more."
+            )
+        elif mask.measures and first < MEASURED:
+            said.add(
+                f"a warm-up of {first} steps is too short for score_init={SENSITIVITY!r}: what the "
+                f"loss would miss is added up in it, and needs about {MEASURED} steps. Train for "
+                'more steps, make the warm-up longer, or use score_init="magnitude".'
             )
         elif ramp < UPDATES:
             said.add(

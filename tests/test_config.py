@@ -33,10 +33,11 @@ def test_the_default_does_the_sensible_thing() -> None:
     assert (config.criterion, config.granularity, config.density) == ("movement", "element", 0.15)
     assert (config.scope, config.score_init, config.schedule) == (
         "local",
-        "magnitude",
+        None,
         CubicSchedule(warmup=0.1, cooldown=0.2),
     )
-    assert config.rules(SITES, DEFAULTS) == dict.fromkeys(DEFAULTS, Rule())
+    wanted = Rule(score_init="sensitivity")
+    assert config.rules(SITES, DEFAULTS) == dict.fromkeys(DEFAULTS, wanted)
 
 
 def test_fields_reach_the_rules() -> None:
@@ -109,12 +110,14 @@ HOW = 'To leave a weight alone, use overrides={"its name": None}.'
         (
             {"score_init": "ones"},
             ValueError,
-            'score_init must be "magnitude", "zero" or a number; found \'ones\' (str).',
+            'score_init must be "sensitivity", "magnitude", "zero" or a number; '
+            "found 'ones' (str).",
         ),
         (
             {"score_init": False},
             TypeError,
-            'score_init must be "magnitude", "zero" or a number; found False (bool).',
+            'score_init must be "sensitivity", "magnitude", "zero" or a number; '
+            "found False (bool).",
         ),
         ({"score_init": float("inf")}, ValueError, "score_init must be finite; found inf."),
         (

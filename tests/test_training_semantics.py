@@ -96,7 +96,7 @@ def test_gradients_of_micro_batches_add_up_and_masks_wait_for_the_optimizer(name
 def test_masks_move_once_an_optimizer_step() -> None:
     raw, batch = pair("BERT")[0].eval(), pair("BERT")[2]
     schedule = mvpfx.LinearSchedule(warmup=0, cooldown=0)
-    config = mvpfx.PruningConfig(density=0.2, schedule=schedule)
+    config = mvpfx.PruningConfig(density=0.2, schedule=schedule, score_init="magnitude")
     whole, parts = (mvpfx.prepare(copy.deepcopy(raw), config) for _ in range(2))
     seen: dict[int, list[list[Tensor]]] = {}
     for model, pieces in ((whole, 1), (parts, 2)):

@@ -1,16 +1,51 @@
-"""Movement pruning: keep the weights that move away from zero."""
+"""Movement pruning: keep what moves away from zero."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
 from mvpfx.criterion import Criterion
+from mvpfx.distributed import gathered, scattered
+from mvpfx.score_init import SENSITIVITY, SENSITIVITY_SPREAD, rank
+
+if TYPE_CHECKING:
+    from mvpfx.mask import Mask
 
 
 class Movement(Criterion):
-    """Keep the top-v of learned scores.
+    """Keep the units that moved away from zero: `M = Top_v(S)`, `dS = dL/dW' * W`.
 
-    Sanh et al. 2020: `M = Top_v(S)`, Eq. 1; `dL/dS = dL/dW' * W` summed over the unit, for masked
-    units too, Eq. 2.
+    Sanh et al. 2020, Eq. 1 and 2. The score gradient is straight-through: it also reaches the
+    scores of units that are masked, which may come back.
+
+    With `score_init="sensitivity"` the scores add up `abs(dL/dW' * W)`, what the loss would miss to
+    first order (Molchanov et al. 2019), while nothing is pruned, and the optimizer leaves them
+    alone. At the first cut they become the rank of that within the site, in [0, 6], and are
+    learned from there. Units that no gradient has reached rank by `abs(W)`. Where a schedule starts
+    below density 1 there is nothing to measure, and `abs(W)` decides as well.
     """
 
     name = "movement"
     stored = "parameter"
+    score_inits: ClassVar[tuple[str, ...]] = (SENSITIVITY, "magnitude", "zero")
+
+    def watches(self, mask: Mask) -> Literal["nothing", "scores", "weight"]:
+        """The scores, until the first cut."""
+        return "scores" if mask.measuring else "nothing"
+
+    def observe(self, mask: Mask, gradient: Tensor) -> None:
+        """Add one step's change of the loss."""
+        mask.require_scores().add_(gradient.abs())
+
+    def rank(self, mask: Mask, kept: Tensor | None) -> None:
+        """Turn what was measured into first scores."""
+        scores = mask.require_scores()
+        measured = gathered(scores.detach()).chunk(mask.site.parts)
+        weights = mask.unit_weights().chunk(mask.site.parts)
+        known = zip(measured, weights, strict=True)
+        ranks = [rank(sums if sums.any() else held) for sums, held in known]
+        scores.copy_(scattered(torch.cat(ranks).mul_(SENSITIVITY_SPREAD), scores))
+        mask.forget()

@@ -58,8 +58,9 @@ class SecondOrder(Criterion):
             blocks = fisher.to_blocks(matrix.float(), self._block_size(mask))
             fisher.add_gradient(mask.averages()[0], blocks, mask.option("beta"))
 
-    def rank(self, mask: Mask, kept: Tensor) -> None:
+    def rank(self, mask: Mask, kept: Tensor | None) -> None:
         """Score units by what the loss gains without them; -1 for those that are masked already."""
+        assert kept is not None, "it ranks at each cut"
         height, width = matrix_shape(mask.site)
         cols = mask.granularity.block(mask.site)[1]
         size = self._block_size(mask)
