@@ -28,6 +28,7 @@ import mvpfx
 from benchmarks import presets, results_file, training
 from benchmarks.training import Recipe
 from benchmarks.workloads import Split, Workload, sentences
+from mvpfx import criteria
 
 RESULT = results_file.FOLDER / "accuracy.jsonl"
 
@@ -64,29 +65,37 @@ class Cell:
             scope=self.scope,
             score_init=self.score_init,
             penalty_lambda=self.penalty_lambda,
-            schedule=mvpfx.CubicSchedule(self.warmup, self.cooldown, freeze=self.freeze),
+            schedule=mvpfx.CubicSchedule(
+                self.warmup, self.cooldown, self.freeze, criteria.find(self.method).cuts
+            ),
         )
 
 
 DENSE = "dense"
 DENSITIES = (0.10, 0.05, 0.03)
+SCORE_LRS = (1e-2, 3e-2)
 
 
 def study(task: str) -> Iterator[Cell]:
     """All cells of a task, the dense one first: distillation takes its model for a teacher."""
     yield Cell(task, DENSE, 1.0)
     for density in DENSITIES:
-        yield Cell(task, "magnitude", density)
-        for score_lr in (1e-2, 3e-2):
+        for score_lr in SCORE_LRS:
             yield Cell(task, "movement", density, score_lr=score_lr)
+            yield Cell(task, "soft_movement", density, score_lr=score_lr)
+            yield Cell(task, "l0", density, score_lr=score_lr)
         for scope in ("local", "global"):
+            yield Cell(task, "magnitude", density, scope=scope)
             yield Cell(task, "platon", density, scope=scope)
-            yield Cell(task, "saliency", density, scope=scope)
-        yield Cell(task, "magnitude", density, scope="global")
+        yield Cell(task, "movement", density, scope="global")
+        yield Cell(task, "saliency", density, scope="global")
+        yield Cell(task, "second_order", density, scope="global")
     yield Cell(task, "random", 0.10)
-    yield Cell(task, "movement", 0.10, score_init="zero")
+    for score_init in ("magnitude", "zero"):
+        yield Cell(task, "movement", 0.10, score_init=score_init)
     yield Cell(task, "movement", 0.10, teacher=True)
-    yield Cell(task, "movement", 0.25, granularity="structured")
+    for scope in ("local", "global"):
+        yield Cell(task, "movement", 0.25, scope=scope, granularity="structured")
 
 
 def run(cell: Cell, workload: Workload, teacher: nn.Module | None) -> tuple[nn.Module, Any]:

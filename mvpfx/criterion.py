@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mvpfx.score_init import initial_scores
+from mvpfx.score_init import MAGNITUDE, ZERO, initial_scores
 from mvpfx.straight_through import apply_mask
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Criterion(ABC):
     """In how many cuts the density falls where a configuration names no schedule, for criteria that
     `rank` and `make_up` at each; None: at each optimizer step.
     """
-    score_inits: ClassVar[tuple[str, ...]] = ("magnitude", "zero")
+    score_inits: ClassVar[tuple[str, ...]] = (MAGNITUDE, ZERO)
     """Words for first scores, where they are learned; the first is for configurations that name
     none.
     """

@@ -2,8 +2,8 @@
 
 Where they are those of the scores, these are parameters with a gradient, so whatever reduces,
 shards or unscales gradients treats theirs like all others. Just before an optimizer that holds them
-steps, the criterion takes the gradient and the optimizer finds none, so it leaves the scores alone.
-Gradients of weights are looked at and left.
+steps, the criterion takes the gradient and the optimizer finds none, or zeros where the scores are
+to be learned later, so it leaves them alone. Gradients of weights are looked at and left.
 """
 
 from __future__ import annotations
@@ -56,8 +56,11 @@ def observe(masks: Sequence[Mask], optimizer: Optimizer) -> None:
         if watched != "scores" or scores.grad is None:
             continue
         if id(scores) in held:
-            gradient, scores.grad = scores.grad, None
-            mask.criterion.observe(mask, gradient)
+            mask.criterion.observe(mask, scores.grad)
+            if mask.criterion.observes == "scores":
+                scores.grad = None
+            else:
+                scores.grad.zero_()  # they are learned later: the optimizer makes its state now
         elif id(weight) in held:
             raise ValueError(
                 f"the optimizer holds {mask.site.name} and not its scores, whose gradients "

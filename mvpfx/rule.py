@@ -11,11 +11,12 @@ from mvpfx import granularity as granularities
 from mvpfx.checks import as_density, as_number
 from mvpfx.granularity import Granularity
 from mvpfx.head_unit import HeadUnit
+from mvpfx.score_init import MAGNITUDE, SENSITIVITY, ZERO
 
 SCOPES = ("local", "global")
 DENSITY = 0.15
 """Of a configuration that says nothing of it."""
-SCORE_INITS = ("sensitivity", "magnitude", "zero")
+SCORE_INITS = (SENSITIVITY, MAGNITUDE, ZERO)
 
 
 class Change(Mapping[str, Any]):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SENSITIVITY = "sensitivity"
-"""The first scores that are measured while nothing is pruned yet."""
+SENSITIVITY, MAGNITUDE, ZERO = "sensitivity", "magnitude", "zero"
+"""Words for first scores: measured while nothing is pruned yet, the rank of `abs(W)`, all equal."""
 SPREAD = 2.0
 """How far apart the ranks of `abs(W)` are, from the least to the greatest."""
 SENSITIVITY_SPREAD = 6.0
@@ -26,9 +26,9 @@ def initial_scores(values: Tensor, score_init: str | float) -> Tensor:
             site in [0, `SPREAD`], "sensitivity" for the same until it is measured, or a number for
             all.
     """
-    if score_init in ("magnitude", SENSITIVITY):
+    if score_init in (MAGNITUDE, SENSITIVITY):
         return rank(values).mul_(SPREAD)
-    value = 0.0 if score_init == "zero" else float(score_init)
+    value = 0.0 if score_init == ZERO else float(score_init)
     return torch.full_like(values, value)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from mvpfx.score_init import SENSITIVITY
+from mvpfx.score_init import MAGNITUDE, SENSITIVITY
 
 if TYPE_CHECKING:
     from mvpfx.mask import Mask
@@ -38,7 +38,7 @@ def warn_of_short_run(masks: Iterable[Mask], total_steps: int) -> None:
             continue
         first, ramp = _cuts(mask.plan, total_steps)
         learned = mask.criterion.observes == "nothing"
-        equal = learned and mask.rule.score_init not in ("magnitude", SENSITIVITY)
+        equal = learned and mask.rule.score_init not in (MAGNITUDE, SENSITIVITY)
         if equal and first < UPDATES_FROM_EQUAL:
             said.add(
                 f"scores that start all equal (score_init={mask.rule.score_init!r}) have {first} "

@@ -83,11 +83,20 @@ def test_the_table_shows_what_is_best_on_dev() -> None:
         line("dense", 1.0, 0.9, 0.88),
         line("movement", 0.10, 0.80, 0.85),
         line("movement", 0.10, 0.81, 0.83, scope="global"),
-        line("movement", 0.10, 0.99, 0.99, teacher=True),
+        line("movement", 0.10, 0.99, 0.97, teacher=True),
+        line("movement", 0.25, 0.80, 0.86, granularity="structured"),
+        line("movement", 0.25, 0.82, 0.85, granularity="structured", scope="global"),
+        line("movement", 0.10, 0.99, 0.99, lr=1.0),
         line("platon", 0.03, 0.7, 0.71),
     ]
-    rows = [row.split("|")[1:-1] for row in accuracy_table.table(lines).splitlines()[2:5]]
+    text = accuracy_table.table(lines).splitlines()
+    rows = [row.split("|")[1:-1] for row in text[2:5]]
     found = {row[0].strip(): [value.strip() for value in row[1:]] for row in rows}
     assert found["dense"][0] == "0.880"
     assert found["movement"] == ["0.830 / - / -", "79.3 / 76.1", "81.7 / 76.3", "89.1 / 85.6"]
     assert found["platon"] == ["- / - / 0.710", "", "", ""]
+    other = [[value.strip() for value in row.split("|")[1:-1]] for row in text[-2:]]
+    assert other == [
+        ["toy", "movement", "10%", "single weights, distilled", "0.970", "0.880"],
+        ["toy", "movement", "25%", "heads and FFN channels", "0.850", "0.880"],
+    ]

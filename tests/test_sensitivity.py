@@ -169,3 +169,12 @@ def test_experts_are_ranked_each_by_itself() -> None:
     found = mask.require_scores().detach().chunk(3)
     torch.testing.assert_close(found[0], rank(sums[:4]) * 6)
     torch.testing.assert_close(found[1], rank(mask.unit_weights()[4:8]) * 6)
+
+
+def test_the_optimizer_knows_the_scores_while_they_are_measured() -> None:
+    loop = Loop()
+    loop.step()
+    for mask in loop.masks:
+        scores = mask.require_scores()
+        assert int(loop.optimizer.state[scores]["step"]) == 1, "checkpoints need a state"
+        assert not loop.optimizer.state[scores]["exp_avg"].any()

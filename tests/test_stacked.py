@@ -101,7 +101,7 @@ def test_scores_start_from_ranks_within_each_expert() -> None:
         for name, parameter in model.named_parameters():
             if name.endswith("down_proj") and parameter.dim() == 3:
                 parameter[1] *= 100
-    mvpfx.prepare(model)
+    mvpfx.prepare(model, mvpfx.PruningConfig(score_init="magnitude"))
     mask = next(m for m in masks_of(model) if m.site.name.endswith("experts.down_proj"))
     means = mask.require_scores().view(4, -1).mean(1)
     torch.testing.assert_close(means, torch.ones(4), rtol=0.02, atol=0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mvpfx.criterion import Criterion
 from mvpfx.distributed import gathered, scattered
-from mvpfx.score_init import SENSITIVITY, SENSITIVITY_SPREAD, rank
+from mvpfx.score_init import MAGNITUDE, SENSITIVITY, SENSITIVITY_SPREAD, ZERO, rank
 
 if TYPE_CHECKING:
     from mvpfx.mask import Mask
@@ -30,7 +30,7 @@ class Movement(Criterion):
 
     name = "movement"
     stored = "parameter"
-    score_inits: ClassVar[tuple[str, ...]] = (SENSITIVITY, "magnitude", "zero")
+    score_inits: ClassVar[tuple[str, ...]] = (SENSITIVITY, MAGNITUDE, ZERO)
 
     def watches(self, mask: Mask) -> Literal["nothing", "scores", "weight"]:
         """The scores, until the first cut."""
