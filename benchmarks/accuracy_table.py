@@ -11,15 +11,19 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks import accuracy
+from benchmarks.recipes.published import CRITERIA, TABLE_2
 
 BEGIN = "<!-- accuracy: made by python -m benchmarks.readme -->"
 END = "<!-- end of accuracy -->"
 PUBLISHED = {
-    "dense": ("84.5", "88.1", "91.4"),
-    "magnitude": ("77.8 / 68.9", "78.5 / 54.5", "78.8 / 72.1"),
-    "l0": ("77.9 / 75.2", "80.1 / 73.6", "87.6 / 86.5"),
-    "movement": ("79.3 / 76.1", "81.7 / 76.3", "89.1 / 85.6"),
-    "soft_movement": ("80.7 / 79.0", "81.5 / 79.9", "90.2 / 89.2"),
+    accuracy.DENSE: ("84.5", "88.1", "91.4"),
+    **{
+        criterion: tuple(
+            " / ".join(str(TABLE_2[task, density][i][metric]) for density in (0.10, 0.03))
+            for task, metric in (("mnli", 0), ("squad", 1), ("qqp", 0))
+        )
+        for i, criterion in enumerate(CRITERIA)
+    },
 }
 """BERT-base at 10 % / 3 % of its weights: MNLI accuracy, SQuAD F1 and QQP accuracy on dev sets
 (Sanh et al. 2020, Table 2).

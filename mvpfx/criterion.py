@@ -91,6 +91,11 @@ class Criterion(ABC):
     options: ClassVar[Mapping[str, Option]] = {}
     """What `PruningConfig(criterion_options=...)` may set."""
 
+    @property
+    def learned(self) -> bool:
+        """Whether the optimizer learns the scores."""
+        return self.stored == "parameter" and self.observes == "nothing"
+
     def initial(self, mask: Mask) -> Tensor | None:
         """First `scores` of a mask, float32 `[r, c]`; None where nothing is stored."""
         if self.stored == "nothing":

@@ -131,8 +131,7 @@ def own_score_init(criterion: str, score_init: str | float | None) -> str | floa
     known = criteria.find(criterion)
     if score_init is None:
         return known.score_inits[0]
-    learned = known.stored == "parameter" and known.observes == "nothing"
-    if learned and isinstance(score_init, str) and score_init not in known.score_inits:
+    if known.learned and isinstance(score_init, str) and score_init not in known.score_inits:
         choice = ", ".join(f'"{word}"' for word in known.score_inits)
         raise ValueError(
             f'criterion "{criterion}" cannot start from score_init="{score_init}". Use {choice} '

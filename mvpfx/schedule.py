@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 from mvpfx.checks import as_count, as_number
@@ -59,6 +60,15 @@ class Schedule(ABC):
         Raises:
             ValueError: if it does not.
         """
+
+    def moves(self, total_steps: int) -> list[int]:
+        """Optimizer steps after which the value is another one than before.
+
+        >>> CubicSchedule(warmup=4, cooldown=2, cuts=2).moves(10)
+        [6, 8]
+        """
+        values = [self(step, total_steps, 1.0, 0.0) for step in range(total_steps + 1)]
+        return [step for step, (one, other) in enumerate(pairwise(values), 1) if one != other]
 
     def to_dict(self) -> dict[str, object]:
         """Name and options, fit for JSON.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from mvpfx.score_init import MAGNITUDE, SENSITIVITY
@@ -33,12 +32,14 @@ def warn_of_short_run(masks: Iterable[Mask], total_steps: int) -> None:
         total_steps: length of the run, in optimizer steps.
     """
     said: set[str] = set()
+    known: dict[int, tuple[int, int]] = {}  # sites share their schedule, and runs are long
     for mask in masks:
         if mask.plan is None or mask.criterion.stored != "parameter":
             continue
-        first, ramp = _cuts(mask.plan, total_steps)
-        learned = mask.criterion.observes == "nothing"
-        equal = learned and mask.rule.score_init not in (MAGNITUDE, SENSITIVITY)
+        if id(mask.plan) not in known:
+            known[id(mask.plan)] = _cuts(mask.plan, total_steps)
+        first, ramp = known[id(mask.plan)]
+        equal = mask.criterion.learned and mask.rule.score_init not in (MAGNITUDE, SENSITIVITY)
         if equal and first < UPDATES_FROM_EQUAL:
             said.add(
                 f"scores that start all equal (score_init={mask.rule.score_init!r}) have {first} "
@@ -67,9 +68,8 @@ def _cuts(plan: Schedule, total_steps: int) -> tuple[int, int]:
     """Updates before the first cut, and those from the end of the warm-up to the last cut; of a
     single cut those before it.
     """
-    values = [plan(step, total_steps, 1.0, 0.0) for step in range(total_steps + 1)]
-    falls = [step for step, (one, other) in enumerate(pairwise(values), 1) if other != one]
-    if values[0] != 1.0:
+    falls = plan.moves(total_steps)
+    if plan(0, total_steps, 1.0, 0.0) != 1.0:
         return 0, falls[-1] if falls else total_steps
     if not falls:
         return total_steps, total_steps

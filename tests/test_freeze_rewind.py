@@ -12,7 +12,7 @@ import torch
 import mvpfx
 from mvpfx import criteria
 from tests.test_criteria import Loop
-from tests.toy_masks import Stack, raises, values
+from tests.toy_masks import Stack, raises, sharded, values
 from tests.training import masks_of
 from tests.zoo import ZOO
 
@@ -121,10 +121,6 @@ def test_frozen_masks_convert() -> None:
 
 def test_sharded_weights_cannot_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = Stack(values(4, 4), plan=REWINDING)
-
-    def sharded(value: object) -> bool:
-        return True
-
     monkeypatch.setattr("mvpfx.scheduler.is_sharded", sharded)
     message = (
         "stack.0.weight is sharded over ranks, and rewind_to remembers whole weights. "

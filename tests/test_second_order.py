@@ -12,7 +12,7 @@ from torch import Tensor
 import mvpfx
 from mvpfx import fisher
 from mvpfx.schedule import CubicSchedule, LinearSchedule, Schedule
-from tests.toy_masks import Stack, make_mask, raises, values
+from tests.toy_masks import Stack, make_mask, raises, sharded, values
 
 BLOCKS, SIZE, DAMPING = 3, 6, 0.05
 
@@ -144,10 +144,6 @@ def test_many_cuts_are_said_to_take_long(schedule: Schedule, cuts: int | None) -
 
 def test_sharded_weights_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = Stack(values(4, 4), criterion="second_order")
-
-    def sharded(value: object) -> bool:
-        return True
-
     monkeypatch.setattr("mvpfx.cut.is_sharded", sharded)
     message = (
         "stack.0.weight is sharded over ranks, and second_order looks at whole weights. Use DDP, "

@@ -130,7 +130,7 @@ def test_criteria_that_cannot_measure_say_so(criterion: str) -> None:
 
 def test_criteria_without_learned_scores_do_not_care() -> None:
     for name in criteria.names():
-        if criteria.find(name).stored != "parameter" or criteria.find(name).observes != "nothing":
+        if not criteria.find(name).learned:
             mvpfx.PruningConfig(criterion=name, score_init="sensitivity")
 
 
