@@ -47,9 +47,12 @@ def observe(masks: Sequence[Mask], optimizer: Optimizer) -> None:
     Raises:
         ValueError: it holds a weight, and not the scores that have a gradient.
     """
+    watching = [(mask, mask.criterion.watches(mask)) for mask in masks]
+    watching = [(mask, watched) for mask, watched in watching if watched != "nothing"]
+    if not watching:  # movement, once its first scores are there
+        return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for mask in masks:
-        watched = mask.criterion.watches(mask)
+    for mask, watched in watching:
         scores, weight = mask.source(), mask.weight
         if watched == "weight" and weight.grad is not None and id(weight) in held:
             mask.criterion.observe(mask, weight.grad)
