@@ -26,7 +26,7 @@ from torch.nn import functional
 
 import mvpfx
 from benchmarks import presets, results_file, training
-from benchmarks.training import Recipe
+from benchmarks.training import Recipe, Teacher
 from benchmarks.workloads import Split, Workload, sentences
 from mvpfx import criteria
 
@@ -54,6 +54,9 @@ class Cell:
     freeze: bool = False
     precision: str = "bf16"
     seed: int = 0
+    task_weight: float = 0.5
+    temperature: float = 2.0
+    hidden_weight: float = 0.0
 
     def config(self, model: nn.Module) -> mvpfx.PruningConfig:
         """How the model is prepared."""
@@ -98,7 +101,7 @@ def study(task: str) -> Iterator[Cell]:
         yield Cell(task, "movement", 0.25, scope=scope, granularity="structured")
 
 
-def run(cell: Cell, workload: Workload, teacher: nn.Module | None) -> tuple[nn.Module, Any]:
+def run(cell: Cell, workload: Workload, teacher: Teacher | None) -> tuple[nn.Module, Any]:
     """Train one cell. Returns the model, and what came out."""
     model = copy.deepcopy(workload.model)
     recipe = Recipe(
@@ -176,9 +179,7 @@ def run_all(cells: list[Cell], options: argparse.Namespace) -> None:
             raise SystemExit(f"{data} has no dev.tsv, on which settings are chosen")
         workload.model.to(options.device)
         saved = options.teachers / f"{cell.task}-{cell.seed}.pt"
-        teacher = copy.deepcopy(workload.model) if cell.teacher else None
-        if teacher is not None:
-            teacher.load_state_dict(torch.load(saved, map_location=options.device))
+        teacher = load_teacher(cell, workload, saved) if cell.teacher else None
         model, result = run(cell, workload, teacher)
         if cell.method == DENSE:
             saved.parent.mkdir(parents=True, exist_ok=True)
@@ -189,6 +190,15 @@ def run_all(cells: list[Cell], options: argparse.Namespace) -> None:
         with options.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         print(f"{cell}\n  dev {result['dev']:.4f}  test {result['test']:.4f}", flush=True)
+
+
+def load_teacher(cell: Cell, workload: Workload, saved: Path) -> Teacher:
+    """The dense model of the same task and seed, trained before."""
+    model = copy.deepcopy(workload.model).eval()
+    device = next(model.parameters()).device
+    model.load_state_dict(torch.load(saved, map_location=device))
+    weights = (cell.temperature, cell.task_weight, 1 - cell.task_weight, cell.hidden_weight)
+    return Teacher(model, mvpfx.Distillation(*weights))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -38,18 +38,26 @@ def to_device(batch: Batch, model: nn.Module) -> Batch:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """A model whose outputs are targets beside the labels."""
+
+    model: nn.Module
+    distillation: mvpfx.Distillation
+
+
 def fine_tune(
     model: nn.Module,
     split: Split,
     recipe: Recipe,
     label: str,
     scheduler: mvpfx.SparsityScheduler | None = None,
-    teacher: nn.Module | None = None,
+    teacher: Teacher | None = None,
     after_epoch: Callable[[], None] | None = None,
 ) -> None:
     """Train `model` in place; with `scheduler`, move its masks a step after each update.
 
-    With `teacher`, which is not trained, its outputs count as in `mvpfx.Distillation()`.
+    With `teacher`, which is not trained, its outputs count too.
     """
     total_steps = recipe.total_steps(split)
     groups = mvpfx.parameter_groups(model, lr=recipe.lr, score_lr=recipe.score_lr)
@@ -85,15 +93,17 @@ def autocast(model: nn.Module, precision: str) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
 
-def loss_of(model: nn.Module, batch: Batch, teacher: nn.Module | None) -> Tensor:
-    """The loss on labels, or half of it and half of the divergence from a teacher."""
-    found: Any = model(**batch)
+def loss_of(model: nn.Module, batch: Batch, teacher: Teacher | None) -> Tensor:
+    """The loss on labels, with what a teacher adds to it."""
     if teacher is None:
-        return found.loss
+        return model(**batch).loss
+    how = teacher.distillation
+    states = {"output_hidden_states": True} if how.hidden_weight else {}
+    found: Any = model(**batch, **states)
     with torch.no_grad():
-        taught = teacher(**batch)
-    how = mvpfx.Distillation()
-    return how.task_weight * found.loss + mvpfx.distillation_loss(found, taught, how)
+        taught = teacher.model(**batch, **states)
+    added = mvpfx.distillation_loss(found, taught, how, attention_mask=batch.get("attention_mask"))
+    return how.task_weight * found.loss + added
 
 
 def warmup_and_decay(recipe: Recipe, total_steps: int) -> Callable[[int], float]:
