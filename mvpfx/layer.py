@@ -6,8 +6,8 @@ storage, and written back the way they came (HF `Conv1D` keeps `[K, N]`).
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from mvpfx.matmul import Matmul, find_matmuls, swaps
 from mvpfx.program import Program, full_name, parent_name
 from mvpfx.swap import original_class
+from mvpfx.transformers_types import is_conv1d
 
 _WEIGHT_POSITION = {"linear": 1, "addmm": 2, "matmul": 1}
 """Kind -> the argument that must be the weight, for its output features to come last."""
@@ -54,61 +55,8 @@ class Layer:
 
     def bias(self, program: Program) -> Tensor | None:
         """Return the bias `[N]`, detached, or None."""
-        name = self._bias_now(program)
-        value = program.parameter(name) if name else None
+        value = program.parameter(self.bias_name) if self.bias_name else None
         return None if value is None else value.detach()
-
-    def keep_rows(self, program: Program, keep: Tensor) -> None:
-        """Keep the output features where `keep` `[N]` is True."""
-        self._write(program, self.weight(program)[keep])
-        bias = self.bias(program)
-        name = self._bias_now(program)
-        if bias is not None and name is not None:
-            program.parameters[name] = bias[keep]
-
-    def keep_columns(self, program: Program, keep: Tensor) -> None:
-        """Keep the input features where `keep` `[K]` is True."""
-        self._write(program, self.weight(program)[:, keep])
-
-    def can_add_bias(self, program: Program) -> bool:
-        """Whether a constant can be added to the output: there is a bias, or a place for one."""
-        if self.bias_name is not None:
-            return True
-        return is_own_call(self) and is_linear(program.module(self.owner))
-
-    def fold(self, program: Program, constant: Tensor) -> None:
-        """Add what the constant input channels `[K]` (float64) contribute to the bias.
-
-        `b' = b + W c`, computed in float64. A bias is created where there is none.
-        """
-        if not bool(constant.any()):
-            return
-        weight = self.weight(program)
-        added = weight.double() @ constant.to(weight.device)
-        bias = self.bias(program)
-        if bias is None:
-            program.parameters[full_name(self.owner, "bias")] = added.to(weight.dtype)
-        else:
-            name = self._bias_now(program)
-            assert name is not None
-            program.parameters[name] = (bias.double() + added).to(bias.dtype)
-
-    def _bias_now(self, program: Program) -> str | None:
-        """Return the bias's name; a pass may have created one since the graph was read."""
-        created = full_name(self.owner, "bias")
-        if self.bias_name is None and self.can_add_bias(program) and created in program.parameters:
-            return created
-        return self.bias_name
-
-    def _write(self, program: Program, weight: Tensor) -> None:
-        stored = weight if self.out_dim == 0 else weight.t()
-        program.parameters[self.weight_name] = stored.contiguous()
-        owner = program.module(self.owner)
-        rows, columns = weight.shape
-        names = {"out_features": rows, "in_features": columns, "nf": rows, "nx": columns}
-        for name, size in names.items():
-            if hasattr(owner, name):
-                program.attributes[self.owner, name] = size
 
 
 def find_layers(program: Program) -> dict[str, dict[fx.Node, Layer]]:
@@ -144,6 +92,25 @@ def is_own_call(layer: Layer) -> bool:
     return full_name(layer.region, layer.node.meta.get("module", "")) == layer.owner
 
 
+def is_conv1d_view(
+    program: Program, node: fx.Node, consumer: Layer, layers: Mapping[fx.Node, Layer]
+) -> bool:
+    """Whether a node is a view in HF Conv1D's forward.
+
+    Its literal follows `nf`, or the size of its input.
+    """
+    if node.op != "call_method" or node.target not in ("view", "reshape"):
+        return False
+    source = node.args[0]
+    near = consumer if consumer.input is node else None
+    if near is None and isinstance(source, fx.Node):
+        near = layers.get(source)
+    owner = program.module(near.owner) if near is not None else None
+    if near is None or owner is None or not is_conv1d(owner):
+        return False
+    return node.meta.get("module") == near.node.meta.get("module") and is_own_call(near)
+
+
 def resize(node: fx.Node, dim: int, size: int) -> None:
     """Make the metadata of `node` say `size` at `dim`."""
     value = node.meta.get("val")
@@ -151,17 +118,6 @@ def resize(node: fx.Node, dim: int, size: int) -> None:
         shape = list(value.shape)
         shape[dim] = size
         node.meta["val"] = value.new_empty(shape)
-
-
-def user_names(node: fx.Node) -> str:
-    """Return what reads a node, for messages."""
-    return ", ".join(sorted({_node_name(user) for user in node.users})) or "nothing"
-
-
-def _node_name(node: fx.Node) -> str:
-    if node.op == "output":
-        return "the region's result"
-    return str(getattr(node.target, "__name__", node.target))
 
 
 def _layer(
@@ -194,14 +150,15 @@ def _layer(
 def find_obstacles(program: Program) -> Callable[[str], str | None]:
     """Return a function: parameter name -> why its shape may not change, or None."""
     tied = tied_names(program.model)
-    reads: Counter[str] = Counter()
+    readers: dict[str, set[str]] = defaultdict(set)
     for region, node in program.nodes():
-        if node.op == "get_attr":
-            reads[full_name(region, node.target)] += len(node.users)
+        if node.op == "get_attr" and node.users:
+            readers[full_name(region, node.target)].add(region)
 
     def obstacle(name: str) -> str | None:
         if name in tied:
             return f"{name} is tied to {tied[name]}"
-        return f"{name} is read {reads[name]} times" if reads[name] > 1 else None
+        where = sorted(readers[name]) if name in readers else []
+        return f"{name} is read in {' and '.join(where)}" if len(where) > 1 else None
 
     return obstacle

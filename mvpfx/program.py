@@ -50,6 +50,10 @@ class Program:
     model: nn.Module
     graphs: dict[str, fx.Graph] = field(default_factory=dict[str, fx.Graph])
     """Region name -> its graph."""
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(
+        default_factory=dict[str, "tuple[tuple[Any, ...], dict[str, Any]]"]
+    )
+    """Region name -> the arguments of the call its graph was recorded from."""
     regions: list[str] | None = None
     """Names of the regions that capture looked at, with and without a graph; None before it."""
     parameters: dict[str, Tensor | None] = field(default_factory=dict[str, "Tensor | None"])

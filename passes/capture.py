@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from mvpfx.example import inference, run_example
+from mvpfx.example import inference, run_example, with_own_caches
 from mvpfx.facts import fact
 from mvpfx.interception import is_capturing
 from mvpfx.matmul import find_matmuls, token_count
@@ -90,7 +90,9 @@ def _recording(
         if name in program.graphs or name in reasons or is_capturing():
             return
         try:
+            call = with_own_caches(args, kwargs)
             program.graphs[name] = capture_graph(module, (args, kwargs))
+            program.calls[name] = call
         except CaptureError as reason:
             reasons[name] = str(reason)
 

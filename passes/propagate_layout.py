@@ -13,10 +13,9 @@ from typing import ClassVar
 
 from torch import fx
 
-from mvpfx.channels import is_conv1d_view
-from mvpfx.elementwise import find_operation
+from mvpfx.dims.operations import find_operation
 from mvpfx.facts import SPARSE
-from mvpfx.layer import Layer, find_layers
+from mvpfx.layer import Layer, find_layers, is_conv1d_view
 from mvpfx.pipeline import Decision, Pass
 from mvpfx.program import Program, full_name
 

@@ -75,7 +75,7 @@ def test_a_converted_model_explains_itself() -> None:
     line = mvpfx.sparsity_table(small).splitlines()[2]
     assert line.split()[:7] == ["0.weight", "8", "x", "4", "->", "4", "x"]
     text = mvpfx.explain(small)
-    assert "+ remove dead channels: 8 -> 4 channels from 0.weight" in text
+    assert "+ remove dead channels: 8 x 4 -> 4 x 4" in text
     assert "Largest output difference, masked vs converted: " in text
 
 

@@ -19,7 +19,8 @@ def test_a_dead_row_folds_its_constant_into_the_next_bias() -> None:
     zero_(linear(model, "0").weight[::2])
     program, decisions = apply(ShrinkDims(), program_of(model, X))
     assert applied(decisions) == [
-        "2.weight: 8 -> 4 channels from 0.weight, 4 constants folded into the bias"
+        "0.weight: 8 x 4 -> 4 x 4",
+        "2.weight: 3 x 8 -> 3 x 4, 4 constants folded into the bias",
     ]
     small = assert_same(program, X)
     assert [tuple(p.shape) for p in small.parameters()] == [(4, 4), (4,), (3, 4), (3,)]
@@ -39,8 +40,9 @@ def test_a_zero_column_kills_its_producers_row_and_so_on_backwards() -> None:
     zero_(linear(model, "2").weight[3:, :2])  # dies once rows 0-2 are gone
     program, decisions = apply(ShrinkDims(), program_of(model, X))
     assert applied(decisions) == [
-        "4.weight: 5 -> 2 channels from 2.weight",
-        "2.weight: 6 -> 4 channels from 0.weight",
+        "0.weight: 6 x 4 -> 4 x 4",
+        "2.weight: 5 x 6 -> 2 x 4",
+        "4.weight: 2 x 5 -> 2 x 2",
     ]
     assert_same(program, X)
 
@@ -98,8 +100,11 @@ def test_gated_block_needs_only_one_zero_factor() -> None:
     zero_(model.gate.weight[:3])
     zero_(model.up.weight[2:5])
     program, decisions = apply(ShrinkDims(), program_of(model, X))
-    (text,) = applied(decisions)
-    assert text.startswith("down.weight: 8 -> 3 channels from ")
+    assert applied(decisions) == [
+        "gate.weight: 8 x 4 -> 3 x 4",
+        "up.weight: 8 x 4 -> 3 x 4",
+        "down.weight: 4 x 8 -> 4 x 3",
+    ]
     assert_same(program, X)
 
 
@@ -108,7 +113,7 @@ def test_gated_block_with_biases_needs_both_constant() -> None:
     zero_(model.gate.weight[:4])
     zero_(model.up.weight[2:6])
     program, decisions = apply(ShrinkDims(), program_of(model, X))
-    assert "8 -> 6 channels" in applied(decisions)[0]
+    assert applied(decisions)[-1].startswith("down.weight: 4 x 8 -> 4 x 6, 2 constants folded")
     assert_same(program, X)
 
 
@@ -121,9 +126,9 @@ def test_functional_matmuls_shrink_with_their_bias_vector() -> None:
         model.w1[:, :3] = 0
         model.b1[:3] = torch.tensor([-1.0, 0.0, 2.0])  # relu leaves 2.0: no bias can take it
     program, decisions = apply(ShrinkDims(), program_of(model, X, sites=[]))
-    assert applied(decisions) == ["w2: 8 -> 6 channels from w1"]
+    assert applied(decisions) == ["w1: 4 x 8 -> 4 x 6", "w2: 8 x 4 -> 6 x 4"]
     assert declined(decisions) == [
-        "w2: 1 channels are constant but not zero, and there is no bias to take them"
+        "w1: 1 of 8 rows are zero, but they are constant, not zero, and no bias can take them"
     ]
     small = assert_same(program, X)
     assert small.get_parameter("b1").shape == (6,)
@@ -149,20 +154,26 @@ def normed(m: Block, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("forward", "reason"),
     [
-        (dropout_in_training, "8 input columns are zero, but its input comes through dropout, "),
-        (returned, "8 input columns are zero, but relu is also read by linear, the region's resul"),
-        (used_twice, "1 of 8 channels are dead, but down.weight is read 2 times"),
-        (normed, "8 input columns are zero, but its input comes through layer_norm, which is not "),
+        (dropout_in_training, "dropout is not known to keep dimensions apart"),
+        (returned, "they are part of the region's result"),
+        (normed, "layer_norm computes over them"),
     ],
 )
 def test_declined_with_the_reason(forward: Any, reason: str) -> None:
     model = Block(forward)
-    columns = slice(0, 1) if forward is used_twice else slice(None)
-    zero_(model.down.weight[:, columns])
+    zero_(model.down.weight[:, :3])
     program, decisions = apply(ShrinkDims(), program_of(model, X))
     assert applied(decisions) == []
-    assert declined(decisions)[-1].startswith(f"down.weight: {reason}")
+    assert declined(decisions) == [f"down.weight: 3 of 8 columns are zero, but {reason}"]
     assert program.parameters == {}
+
+
+def test_a_weight_that_is_used_twice_loses_what_both_uses_can_do_without() -> None:
+    model = Block(used_twice)
+    zero_(model.down.weight[:, 0])
+    program, decisions = apply(ShrinkDims(), program_of(model, X))
+    assert applied(decisions) == ["up.weight: 8 x 4 -> 7 x 4", "down.weight: 4 x 8 -> 4 x 7"]
+    assert_same(program, X)
 
 
 def test_a_tied_weight_is_left_alone() -> None:
@@ -174,7 +185,7 @@ def test_a_tied_weight_is_left_alone() -> None:
     zero_(model.down.weight[:, 0])
     _, decisions = apply(ShrinkDims(), program_of(model, X))
     assert declined(decisions) == [
-        "down.weight: 1 of 8 channels are dead, but up.weight is tied to gate.weight"
+        "down.weight: 1 of 8 columns are zero, but up.weight is tied to gate.weight"
     ]
 
 
@@ -192,6 +203,7 @@ def test_feed_forward_of_decoders(name: str, up: str, down: str) -> None:
     zero_(weight.narrow(dim, 0, 10))
     program, decisions = apply(ShrinkDims(), program_of(model, batch))
     width = weight.shape[dim]
-    assert applied(decisions)[0].startswith(f"{down}.weight: {width} -> {width - 10} channels")
+    gone = {"gpt2": "128 x 32 -> 118 x 32", "llama": "32 x 48 -> 32 x 38"}[name]
+    assert applied(decisions)[-1].startswith(f"{down}.weight: {gone}")
     small = assert_same(program, batch)
     assert math.prod(small.get_parameter(f"{down}.weight").shape) == 32 * (width - 10)

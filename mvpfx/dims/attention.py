@@ -1,0 +1,135 @@
+"""Attention as one node: heads may go, whole, with their queries, keys and values.
+
+Shapes: `H` query heads, `G` key-value heads (`H = G` without grouped queries), `D` head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mvpfx.dims.contraction import along
+from mvpfx.dims.rule import Step, alike
+from mvpfx.dims.value import Known, Value, any_slice, compact
+
+WIDTH = "heads share their width"
+GROUP = "query heads share keys and values with heads that are needed"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Softmax attention over `[B, H, S, D]`, `[B, G, T, D]`, `[B, G, T, D]`.
+
+    Attributes:
+        out_heads: the dimension of heads in the result: 1, or 2 in `[B, S, H, D]`.
+    """
+
+    out_heads: int
+
+    def forward(self, step: Step) -> None:
+        """A head whose value is the same at all places yields it: rows of a softmax sum to one."""
+        query, _, value, _ = self.parts(step)
+        out = step.outputs[0]
+        constant, found = along(value, 2)
+        if not bool(constant.any()):
+            return
+        share = query.shape[1] // value.shape[1]
+        if constant.shape[1] > 1 and share > 1:
+            constant = constant.repeat_interleave(share, dim=1)
+        if found.shape[1] > 1 and share > 1:
+            found = found.repeat_interleave(share, dim=1)
+        if self.out_heads == 2:
+            constant, found = constant.transpose(1, 2), found.transpose(1, 2)
+        out.known = Known(compact(constant), compact(found))
+
+    def backward(self, step: Step) -> None:
+        """A head is needed where its result is and is not constant."""
+        query, key, value, others = self.parts(step)
+        out = step.outputs[0]
+        weights = [o for o in step.outputs[1:] if bool(o.needed.any())]
+        heads = query.shape[1]
+        moving = any_slice(out.needed & ~out.known.constant, self.out_heads, heads)
+        for extra in weights:
+            moving |= any_slice(extra.needed, 1, heads)
+        read = any_slice(out.needed, self.out_heads, heads)
+        query.need(moving.view(1, -1, 1, 1))
+        key.need(_groups(moving, key.shape[1]).view(1, -1, 1, 1))
+        value.need(_groups(read, value.shape[1]).view(1, -1, 1, 1))
+        for other in others:
+            if bool(moving.any()):
+                other.need(~other.needed)
+
+    def agree(self, step: Step) -> Iterator[Value]:
+        """Query heads go with their result, key and value heads with their whole group."""
+        query, key, value, others = self.parts(step)
+        out, *weights = step.outputs
+        heads = query.shape[1]
+        by_head = [(query, 1), (out, self.out_heads), *((w, 1) for w in weights)]
+        by_head += [
+            (o, len(o.shape) - 3) for o in others if len(o.shape) > 2 and o.shape[-3] == heads
+        ]
+        yield from alike(by_head)
+        yield from alike([(key, 1), (value, 1)])
+        yield from self._group(step, query, key, value)
+        for tensor in (query, key, value, out, *weights, *others):
+            for dim in range(len(tensor.shape)):
+                if (tensor, dim) in by_head or (tensor in (key, value) and dim == 1):
+                    continue
+                if tensor.allow(dim, torch.zeros(1, dtype=torch.bool), WIDTH):
+                    yield tensor
+
+    def _group(self, step: Step, query: Value, key: Value, value: Value) -> Iterator[Value]:
+        """Let groups go whole, and as many heads from each group that stays."""
+        heads, groups = query.shape[1], key.shape[1]
+        gone = query.removed[1].view(groups, heads // groups)
+        whole = key.removed[1] & gone.all(dim=1)
+        for tensor in (key, value):
+            if tensor.allow(1, whole, GROUP):
+                yield tensor
+        share = gone & whole[:, None]
+        left = gone[~whole]
+        if len(left) and not step.whole_groups:
+            fewest = int(left.sum(dim=1).min())
+            fewest = min(fewest, heads // groups - 1)
+            first = gone & (gone.cumsum(dim=1) <= fewest)
+            share = share | (first & ~whole[:, None])
+        if query.allow(1, share.reshape(-1), GROUP):
+            yield query
+
+    def parts(self, step: Step) -> tuple[Value, Value, Value, list[Value]]:
+        """Query, key, value, and what else is read."""
+        query, key, value, *others = step.values.values()
+        return query, key, value, others
+
+
+def _groups(heads: Tensor, groups: int) -> Tensor:
+    return heads.view(groups, -1).any(dim=1)
+
+
+class CacheUpdate:
+    """A cache that takes keys and values `[B, G, S, D]` and yields them with those of earlier calls.
+
+    What it holds was computed by the same layer, so a constant is one there too.
+    """
+
+    def forward(self, step: Step) -> None:
+        """Constants that are the same at all places stay."""
+        for output, value in zip(step.outputs, step.inputs, strict=True):
+            constant, found = along(value, 2)
+            output.known = Known(compact(constant), compact(found))
+
+    def backward(self, step: Step) -> None:
+        """A head is needed where it is read again."""
+        for output, value in zip(step.outputs, step.inputs, strict=True):
+            value.need(output.needed.any(dim=2, keepdim=True))
+
+    def agree(self, step: Step) -> Iterator[Value]:
+        """Heads go from all or none."""
+        for output, value in zip(step.outputs, step.inputs, strict=True):
+            yield from alike([(output, 1), (value, 1)])
+            for tensor, dim in ((t, d) for t in (output, value) for d in (0, 2, 3)):
+                if tensor.allow(dim, torch.zeros(1, dtype=torch.bool), WIDTH):
+                    yield tensor

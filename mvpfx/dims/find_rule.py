@@ -1,0 +1,213 @@
+"""Which rule a node follows. The table is closed: what is not in it is opaque."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mvpfx.dims.attention import Attention, CacheUpdate
+from mvpfx.dims.contraction import Contraction
+from mvpfx.dims.convolution import Convolution, Lookup
+from mvpfx.dims.elementwise import Elementwise, PerChannel
+from mvpfx.dims.operations import find_operation
+from mvpfx.dims.rearrangement import NAMES, Rearrangement
+from mvpfx.dims.reduction import Reduction
+from mvpfx.dims.rule import Opaque, Rule, Step
+
+_ALONG_ONE = {"softmax": True, "log_softmax": False, "cumsum": False, "glu": False}
+_OVER_SOME = {"mean": True, "amax": True, "amin": True, "sum": False, "logsumexp": False}
+_NORMS = ("layer_norm", "rms_norm")
+_POOLS = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
+)  # fmt: skip
+_POOL_FUNCTIONS = (
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "avg_pool1d", "avg_pool2d",
+    "max_pool1d", "max_pool2d",
+)  # fmt: skip
+LARGEST = 2**28
+"""Elements of the largest rearrangement that is looked into."""
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+_TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+
+
+def name_of(node: fx.Node) -> str:
+    """What a node computes, for people and for the table."""
+    if node.target is getattr:
+        return str(node.args[1])
+    if isinstance(node.target, str):
+        return node.target
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def find_rule(step: Step, can_fold: bool) -> Rule:
+    """The rule of a step.
+
+    Args:
+        step: with its values.
+        can_fold: whether constants can be added to the bias of this matmul.
+    """
+    opaque = Opaque(f"{step.name} is not known to keep dimensions apart")
+    if not step.outputs or not step.inputs:
+        return opaque
+    if step.node.op == "call_module":
+        return _of_module(step) or opaque
+    if getattr(step.node.target, "role", None) == "attention":
+        return _attention(step, 2) or opaque
+    if step.name == "scaled_dot_product_attention":
+        return _attention(step, 1) or opaque
+    if step.name == "update" and _is_cache_update(step):
+        return CacheUpdate()
+    found = _product(step, can_fold) or _convolution(step, can_fold) or _mixing(step)
+    if found is not None:
+        return found
+    if step.name in NAMES and moves_only(step):
+        return Rearrangement()
+    operation = find_operation(step.node)
+    if operation is not None and len(step.outputs) == 1 and _plain(step):
+        return Elementwise(operation)
+    if step.name == "embedding" and len(step.inputs) == 2:
+        return Lookup()
+    return opaque
+
+
+def moves_only(step: Step) -> bool:
+    """Whether all tensors a node reads are moved, and none of them says where to."""
+    first = step.node.args[0] if step.node.args else None
+    moved = first if isinstance(first, (tuple, list)) else (first,)
+    whole = sum(math.prod(value.shape) for value in (*step.outputs, *step.inputs))
+    return set(step.values) <= set(moved) and whole < LARGEST
+
+
+def _plain(step: Step) -> bool:
+    value = step.node.meta.get("val")
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.dtype == torch.bool)
+
+
+def _of_module(step: Step) -> Rule | None:
+    module = step.module
+    operation = find_operation(step.node, module)
+    if operation is not None:
+        return Elementwise(operation)
+    x = step.inputs[0]
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
+        return PerChannel(module.eps) if module.track_running_stats else None
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        last = len(module.normalized_shape)
+        dims = tuple(range(len(x.shape) - last, len(x.shape)))
+        return Reduction(dims)
+    if isinstance(module, nn.Softmax) and module.dim is not None:
+        return Reduction((module.dim % len(x.shape),), softmax=True)
+    if isinstance(module, nn.Flatten):
+        return Rearrangement()
+    if isinstance(module, _POOLS) and len(step.outputs) == 1:
+        padding: Any = getattr(module, "padding", 0)
+        return Reduction(tuple(range(2, len(x.shape))), average=not _nonzero(padding))
+    return None
+
+
+def _is_cache_update(step: Step) -> bool:
+    """Whether keys and values go into a cache and come out of it."""
+    shapes = [value.shape for value in (*step.inputs, *step.outputs)]
+    plain = len(step.inputs) == len(step.outputs) == 2 and all(len(s) == 4 for s in shapes)
+    return plain and len({(s[1], s[3]) for s in shapes}) == 1
+
+
+def _nonzero(padding: Any) -> bool:
+    return any(padding) if isinstance(padding, (tuple, list)) else bool(padding)
+
+
+def _attention(step: Step, out_heads: int) -> Rule | None:
+    given = list(step.values.values())
+    if len(given) < 3 or any(len(v.shape) != 4 for v in given[:3]):
+        return None
+    query, key, value = given[:3]
+    if query.shape[1] % key.shape[1] or key.shape[1] != value.shape[1]:
+        return None
+    return Attention(out_heads)
+
+
+def _product(step: Step, can_fold: bool) -> Rule | None:
+    """Linear layers, matmul and their relatives, einsum of two operands."""
+    given = list(step.values.values())
+    shapes = [len(v.shape) for v in given]
+    plain = not set(step.node.kwargs) - {"bias", "other", "mat2"}
+    if step.name == "linear" and len(given) in (2, 3) and shapes[1] == 2:
+        front = "abcdefgh"[: shapes[0] - 1]
+        bias = 2 if len(given) == 3 else None
+        return Contraction(f"{front}k", "nk", f"{front}n", (0, 1, bias), can_fold)
+    if step.name == "addmm" and plain and shapes == [1, 2, 2]:
+        return Contraction("mk", "kn", "mn", (1, 2, 0), can_fold)
+    if step.name in ("matmul", "__matmul__", "mm", "bmm") and plain and len(given) == 2:
+        return _matmul(given[0].shape, given[1].shape, (0, 1))
+    if step.name == "einsum" and len(given) == 2:
+        return _einsum(step)
+    return None
+
+
+def _matmul(x: tuple[int, ...], y: tuple[int, ...], order: tuple[int, int]) -> Rule | None:
+    if len(x) < 2 or len(y) < 2:
+        return None
+    batch = "abcdefgh"[: max(len(x), len(y)) - 2]
+    left, right = batch[len(batch) - len(x) + 2 :], batch[len(batch) - len(y) + 2 :]
+    return Contraction(f"{left}mk", f"{right}kn", f"{batch}mn", (*order, None))
+
+
+def _einsum(step: Step) -> Rule | None:
+    equation = str(step.node.args[0]).replace(" ", "")
+    inputs, arrow, out = equation.partition("->")
+    x, _, y = inputs.partition(",")
+    if not arrow or "." in equation or any(len(set(w)) != len(w) for w in (x, y, out)):
+        return None
+    alone = {c for c in x + y if c not in out and not (c in x and c in y)}
+    return None if alone else Contraction(x, y, out, (0, 1, None))
+
+
+def _convolution(step: Step, can_fold: bool) -> Rule | None:
+    transposed = step.name in _TRANSPOSED
+    if step.name not in _CONVOLUTIONS and not transposed:
+        return None
+    given = list(step.values.values())
+    if len(given) < 2 or not given[1].known.is_all:
+        return None
+    groups = step.argument(7 if not transposed else 6, "groups", 1)
+    if not transposed:
+        groups = step.argument(6, "groups", 1)
+    x, out = given[0], step.outputs[0]
+    depthwise = groups > 1 and groups == x.shape[1] == out.shape[1]
+    if groups != 1 and not depthwise:
+        return None
+    padding = step.argument(4, "padding", 0)
+    padded = transposed or (padding not in (0, "valid") and _nonzero(padding))
+    return Convolution(transposed, depthwise, padded, can_fold)
+
+
+def _mixing(step: Step) -> Rule | None:
+    """Softmax, means, norms and pooling."""
+    x, name = step.inputs[0], step.name
+    rank = len(x.shape)
+    if len(step.outputs) != 1:
+        return None
+    out = step.outputs[0]
+    if name in _ALONG_ONE:
+        dim = step.argument(1, "dim", -1)
+        if not isinstance(dim, int) or len(out.shape) != rank:
+            return None
+        return Reduction((dim % rank,), softmax=_ALONG_ONE[name])
+    if name in _OVER_SOME:
+        given = step.argument(1, "dim")
+        dims = given if isinstance(given, (tuple, list)) else (given,)
+        if any(not isinstance(dim, int) for dim in dims):
+            return None
+        return Reduction(
+            tuple(sorted(dim % rank for dim in dims)), len(out.shape) < rank, _OVER_SOME[name]
+        )
+    if name in _NORMS:
+        sizes = step.argument(1, "normalized_shape")
+        return Reduction(tuple(range(rank - len(sizes), rank)))
+    if name in _POOL_FUNCTIONS and rank > 2:
+        return Reduction(tuple(range(2, rank)))
+    return None

@@ -1,0 +1,114 @@
+"""The analysis: facts forward, needs backward, and the largest removal all nodes agree on."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from mvpfx.dims.contraction import Contraction
+from mvpfx.dims.convolution import Convolution
+from mvpfx.dims.reading import Reading
+from mvpfx.dims.rule import Step
+from mvpfx.dims.value import Value
+
+
+class Flow(Reading):
+    """What is known, needed and removed in one region."""
+
+    def solve(self) -> None:
+        """Find the facts, the needs and the removal."""
+        for step, rule in self.steps:
+            rule.forward(step)
+        for step, rule in reversed(self.steps):
+            rule.backward(step)
+        for value in self.all_values():
+            value.start()
+        self.settle([step for step, _ in self.steps])
+        self._keep_one()
+
+    @property
+    def size(self) -> int:
+        """How many indices go, over all values."""
+        return sum(int(along.sum()) for v in self.all_values() for along in v.removed)
+
+    @property
+    def removes(self) -> bool:
+        """Whether anything goes from a parameter."""
+        return any(v.kept_shape != v.shape for v in self.parameters.values())
+
+    def block(self, steps: list[Step], reason: str) -> None:
+        """Take back all removals from what `steps` read and make."""
+        touched: list[Step] = []
+        for step in steps:
+            for value in (*step.inputs, *step.outputs):
+                for dim in range(len(value.shape)):
+                    if bool(value.removed[dim].any()):
+                        value.reasons[dim] = reason
+                    if value.allow(dim, torch.zeros(1, dtype=torch.bool), reason):
+                        touched += self.readers[id(value)]
+        self.settle(touched)
+        self._keep_one()
+
+    def _keep_one(self) -> None:
+        """Let no dimension become empty."""
+        while True:
+            empty = [
+                (value, dim)
+                for value in self.all_values()
+                for dim in range(len(value.shape))
+                if value.shape[dim] > 0 and value.kept(dim) == 0
+            ]
+            if not empty:
+                return
+            value, dim = empty[0]
+            first = torch.ones(value.shape[dim], dtype=torch.bool)
+            first[0] = False
+            value.allow(dim, first, "one always stays")
+            self.settle(self.readers[id(value)])
+
+    def settle(self, steps: list[Step]) -> None:
+        """Let rules take back what does not fit until all agree."""
+        queue = deque(steps)
+        waiting = set(map(id, queue))
+        rules = {id(step): rule for step, rule in self.steps}
+        while queue:
+            step = queue.popleft()
+            waiting.discard(id(step))
+            for value in rules[id(step)].agree(step):
+                for other in self.readers[id(value)]:
+                    if id(other) not in waiting:
+                        waiting.add(id(other))
+                        queue.append(other)
+
+    @cached_property
+    def readers(self) -> dict[int, list[Step]]:
+        """The steps that read or make each value."""
+        found: dict[int, list[Step]] = defaultdict(list)
+        for step, _ in self.steps:
+            for value in {id(v): v for v in (*step.inputs, *step.outputs)}.values():
+                found[id(value)].append(step)
+        return found
+
+    def all_values(self) -> list[Value]:
+        """Every value once."""
+        found: dict[int, Value] = {}
+        for made in self.values.values():
+            for value in made if isinstance(made, tuple) else (made,):
+                if isinstance(value, Value):
+                    found[id(value)] = value
+        for value in self.parameters.values():
+            found[id(value)] = value
+        return list(found.values())
+
+
+def folds_of(flow: Flow) -> Iterator[tuple[Step, Tensor, int]]:
+    """The steps whose bias takes constants, what is added, and how many constants that was."""
+    for step, rule in flow.steps:
+        if isinstance(rule, (Contraction, Convolution)):
+            found = rule.folds(step)
+            if found is not None:
+                yield step, *found
