@@ -17,7 +17,7 @@ from mvpfx.recorder import Recorder
 from mvpfx.recording import CaptureError, Recording
 from mvpfx.signature import Configuration, flatten, signature
 from mvpfx.sizes import UnknownSizeError
-from mvpfx.swap import masked_names, original_class, runtime_of, set_runtime
+from mvpfx.swap import MASK_SUFFIX, masked_names, original_class, runtime_of, set_runtime
 from mvpfx.torch_private import GuardOnDataDependentSymNode
 from mvpfx.transformers_types import is_checkpointed_block, is_idle_hook
 from mvpfx.variant import Variant
@@ -137,10 +137,16 @@ def _blocks(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     for child_name, child in children:
         full = f"{name}.{child_name}" if name else child_name
         repeated = isinstance(module, nn.ModuleList) and kinds.count(type(child)) > 1
-        if is_checkpointed_block(child) or (repeated and next(child.children(), None) is not None):
+        if is_checkpointed_block(child) or (repeated and _is_composite(child)):
             yield full, child
         else:
             yield from _blocks(child, full)
+
+
+def _is_composite(module: nn.Module) -> bool:
+    """Whether a module has children besides masks."""
+    masks = {f"{name}{MASK_SUFFIX}" for name in masked_names(module)}
+    return any(name not in masks for name, _ in module.named_children())
 
 
 def _find(

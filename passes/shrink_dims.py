@@ -38,12 +38,13 @@ class ShrinkDims(Pass):
     def apply(self, program: Program) -> Iterator[Decision]:
         """Shrink each region, then say what was left in it and why."""
         obstacle = find_obstacles(program)
-        for region in list(program.graphs):
-            flow = Flow(program, region, obstacle)
+        flows = [Flow(program, region, obstacle) for region in program.graphs]
+        for flow in flows:
             flow.solve()
             shrink(program, flow)
             yield from removals(flow)
-            yield from find_remains(flow, CHANNELS)
+        for name, reason in find_remains(program, flows):
+            yield Decision(name, CHANNELS, False, reason)
 
 
 def shrink(program: Program, flow: Flow) -> None:

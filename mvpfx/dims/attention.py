@@ -110,7 +110,7 @@ def _groups(heads: Tensor, groups: int) -> Tensor:
 
 
 class CacheUpdate:
-    """A cache that takes keys and values `[B, G, S, D]` and yields them with those of earlier calls.
+    """A cache that takes keys and values `[B, G, S, D]` and yields all it has seen of them.
 
     What it holds was computed by the same layer, so a constant is one there too.
     """

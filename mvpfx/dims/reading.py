@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mvpfx.dims.find_rule import find_rule, name_of
-from mvpfx.dims.rearrangement import NAMES
+from mvpfx.dims.rearrangement import NAMES, sources
 from mvpfx.dims.rule import Opaque, Rule, Step, replaced
 from mvpfx.dims.value import Known, Value
 from mvpfx.program import Program, full_name
@@ -124,18 +124,24 @@ class Reading:
         if node.op == "call_module":
             module = self.program.module(full_name(self.region, node.target))
         step = Step(node, name_of(node), module, outputs, values, {}, numbers)
-        for argument in node.all_input_nodes:
-            if isinstance(self.values.get(argument), tuple):
-                whole = enumerate(self.values[argument])
-                step.extra |= {
-                    f"{argument.name}.{i}": each for i, each in whole if each is not None
-                }
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
-            for name in _STATISTICS:
-                value = self._parameter(full_name(self.region, f"{node.target}.{name}"))
-                if value is not None:
-                    step.extra[name] = value
+        if isinstance(self.values.get(node), tuple) and step.name in NAMES:
+            step.outputs = self._all_parts(step)
+        step.extra = self._further(step)
         self.steps.append((step, self._rule(step)))
+
+    def _further(self, step: Step) -> dict[str, Value]:
+        """What a step reads besides tensors: whole tuples, statistics of the module it calls."""
+        found: dict[str, Value] = {}
+        for argument in step.node.all_input_nodes:
+            made = self.values.get(argument)
+            parts: tuple[Value | None, ...] = made if isinstance(made, tuple) else ()
+            found |= {f"{argument.name}.{i}": v for i, v in enumerate(parts) if v is not None}
+        if isinstance(step.module, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
+            for name in _STATISTICS:
+                value = self._parameter(full_name(self.region, f"{step.node.target}.{name}"))
+                if value is not None:
+                    found[name] = value
+        return found
 
     def _outputs(self, node: fx.Node) -> tuple[Value, ...]:
         value = self._tensor(node, node.meta.get("val"))
@@ -151,6 +157,20 @@ class Reading:
             return ()
         self.values[node] = tuple(made.get(i) for i in range(max(made) + 1))
         return tuple(v for v in self.values[node] if v is not None)
+
+    def _all_parts(self, step: Step) -> tuple[Value, ...]:
+        """The parts a tensor is split into, those that nobody reads too."""
+        made = self.values[step.node]
+        first = step.outputs[0]
+        parts: list[Value] = []
+        for i, numbers in enumerate(sources(step)):
+            part = made[i] if i < len(made) else None
+            if part is None:
+                part = Value.of(f"{step.node.name}.{i}", tuple(numbers.shape))
+                part.fixed = list(first.fixed)
+            parts.append(part)
+        self.values[step.node] = tuple(parts)
+        return tuple(parts)
 
     def _number(self, node: fx.Node, values: dict[fx.Node, Value], numbers: Any) -> Any:
         """What a node that computes a size was in the recorded call."""

@@ -9,45 +9,81 @@ from torch import Tensor
 from mvpfx.dims.contraction import Contraction
 from mvpfx.dims.convolution import Convolution
 from mvpfx.dims.flow import Flow
+from mvpfx.dims.rule import Opaque
 from mvpfx.dims.value import Value
-from mvpfx.pipeline import Decision
+from mvpfx.program import Program
+from mvpfx.weights import layer_sites
+
+ELSEWHERE = "something else reads them"
+NO_GRAPH = "no graph shows how it is used"
 
 
-def find_remains(flow: Flow, action: str) -> Iterator[Decision]:
-    """One decision for each weight that keeps rows or columns of zeros."""
+def find_remains(program: Program, flows: list[Flow]) -> Iterator[tuple[str, str]]:
+    """(weight, reason) for each weight that keeps rows or columns of zeros.
+
+    Args:
+        program: after the removal.
+        flows: of all regions.
+    """
     said: set[str] = set()
+    for flow in flows:
+        for name, reason in _in_region(flow):
+            if name not in said and reason:
+                yield name, reason
+            said.add(name)
+    opaque = {name: rule.reason for flow in flows for name, rule in _opaque_reads(flow)}
+    for site in layer_sites(program.model):
+        value = program.parameter(site.name)
+        if site.name in said or value is None or value.dim() != len(site.shape) or site.parts > 1:
+            continue
+        why = opaque.get(site.name, NO_GRAPH)
+        dims = ((site.out_dim, "rows"), (1 - site.out_dim, "columns"))
+        texts = [_text(zeros(value, dim), word, why) for dim, word in dims]
+        if any(texts):
+            yield site.name, "; ".join(filter(None, texts))
+
+
+def _in_region(flow: Flow) -> Iterator[tuple[str, str]]:
+    """(weight, reason or nothing) for each weight of a linear layer or convolution."""
     for step, rule in flow.steps:
         if not isinstance(rule, (Contraction, Convolution)):
             continue
         x, weight, _ = rule.parts(step)
-        if len(weight.shape) < 2 or weight.name not in flow.parameters or weight.name in said:
+        if len(weight.shape) < 2 or weight.name not in flow.parameters:
             continue
-        said.add(weight.name)
         rows, columns = rule.weight_dims
+        places = (
+            (rows, "rows", step.outputs[0], step.features),
+            (columns, "columns", x, rule.input_dim),
+        )
         texts = [
-            _text(weight, dim, word, other, place)
-            for dim, word, other, place in (
-                (rows, "rows", step.outputs[0], step.features),
-                (columns, "columns", x, rule.input_dim),
-            )
+            _text(_left(weight, dim), word, _why(weight, dim, other, place))
+            for dim, word, other, place in places
         ]
-        reason = "; ".join(filter(None, texts))
-        if reason:
-            yield Decision(weight.name, action, False, reason)
+        yield weight.name, "; ".join(filter(None, texts))
 
 
-def _text(weight: Value, dim: int, word: str, other: Value, place: int) -> str:
-    left = dead(weight, dim) & ~weight.removed[dim]
-    if not bool(left.any()):
-        return ""
-    reason = weight.fixed[dim] or other.fixed[place] or other.reasons[place] or weight.reasons[dim]
-    return f"{int(left.sum())} of {weight.shape[dim]} {word} are zero, but {reason}"
+def _opaque_reads(flow: Flow) -> Iterator[tuple[str, Opaque]]:
+    for step, rule in flow.steps:
+        if isinstance(rule, Opaque):
+            yield from ((value.name, rule) for value in step.inputs)
 
 
-def dead(weight: Value, dim: int) -> Tensor:
-    """Which slices of a weight along `dim` are zero wherever it stays."""
-    value = weight.known.value
-    stays = ~weight.elements()
-    nonzero = (value != 0) & stays
-    others = [d for d in range(value.dim()) if d != dim]
-    return ~nonzero.any(dim=others)
+def _why(weight: Value, dim: int, other: Value, place: int) -> str:
+    return weight.fixed[dim] or other.fixed[place] or other.reasons[place] or ELSEWHERE
+
+
+def _text(dead: Tensor, word: str, reason: str) -> str:
+    count = int(dead.sum())
+    return f"{count} of {len(dead)} {word} are zero, but {reason}" if count else ""
+
+
+def _left(weight: Value, dim: int) -> Tensor:
+    """Which slices of a weight along `dim` stay, and are zero wherever it stays."""
+    value = weight.known.value.masked_fill(weight.elements(), 0)
+    return zeros(value, dim) & ~weight.removed[dim]
+
+
+def zeros(value: Tensor, dim: int) -> Tensor:
+    """Which slices along `dim` are all zero."""
+    return ~(value != 0).any(dim=[d for d in range(value.dim()) if d != dim])

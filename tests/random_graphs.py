@@ -1,0 +1,182 @@
+"""Random small models: linear layers and convolutions with what may stand between them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Operation = Callable[["RandomGraph", list[Tensor]], Tensor]
+"""Reads layers from the model it is given, since copies of a model have layers of their own."""
+
+
+class RandomGraph(nn.Module):
+    """A forward drawn from a seed: each operation reads values made before and makes one more.
+
+    Values are `[2, 5, C]` in a model of tokens and `[2, C, 6, 6]` in one of images.
+    """
+
+    def __init__(self, seed: int, images: bool, operations: int = 7) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.draw = random.Random(seed)
+        self.images = images
+        self.dim = 1 if images else 2
+        self.layers = nn.ModuleList()
+        self.operations: list[Operation] = []
+        self.channels = [6]
+        for _ in range(operations):
+            self._add(self.draw.choice(IMAGE if images else TOKENS))
+        self._add(_linear)
+        self.last = self.draw.sample(range(len(self.channels)), 2)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.normal_(0, 0.5)
+
+    def example(self) -> Tensor:
+        """An input."""
+        torch.manual_seed(1)
+        return torch.randn(2, 6, 6, 6) if self.images else torch.randn(2, 5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the operations; the result is the last value, and means of two others."""
+        values = [x]
+        for operation in self.operations:
+            values.append(operation(self, values))
+        others = sum(values[i].mean(dim=self.dim, keepdim=True) for i in self.last)
+        return values[-1] + others
+
+    def pick(self) -> int:
+        """The place of a value, later ones more often."""
+        return max(self.draw.randrange(len(self.channels)) for _ in range(2))
+
+    def layer(self, module: nn.Module) -> int:
+        """Add a layer; its place."""
+        self.layers.append(module)
+        return len(self.layers) - 1
+
+    def _add(self, choice: Callable[[RandomGraph], tuple[Operation, int] | None]) -> None:
+        made = choice(self)
+        if made is not None:
+            self.operations.append(made[0])
+            self.channels.append(made[1])
+
+
+Made = tuple[Operation, int] | None
+
+
+def _linear(graph: RandomGraph) -> Made:
+    place, width = graph.pick(), graph.draw.choice((4, 6, 8, 12))
+    bias = graph.draw.random() < 0.7
+    if graph.images:
+        size, padding = graph.draw.choice(((1, 0), (3, 1)))
+        layer = nn.Conv2d(graph.channels[place], width, size, padding=padding, bias=bias)
+    else:
+        layer = nn.Linear(graph.channels[place], width, bias=bias)
+    index = graph.layer(layer)
+    return (lambda model, values: model.layers[index](values[place])), width
+
+
+def _activation(graph: RandomGraph) -> Made:
+    place = graph.pick()
+    function: Any = graph.draw.choice((torch.relu, F.gelu, torch.tanh, torch.sigmoid, F.silu))
+    return (lambda model, values: function(values[place])), graph.channels[place]
+
+
+def _residual(graph: RandomGraph) -> Made:
+    place = graph.pick()
+    width = graph.channels[place]
+    alike = [i for i, c in enumerate(graph.channels) if c == width]
+    other = graph.draw.choice(alike)
+    gated = graph.draw.random() < 0.4
+    if gated:
+        return (lambda model, values: values[place] * torch.sigmoid(values[other])), graph.channels[
+            place
+        ]
+    return (lambda model, values: values[place] + values[other]), width
+
+
+def _norm(graph: RandomGraph) -> Made:
+    place = graph.pick()
+    width = graph.channels[place]
+    if graph.images:
+        layer: nn.Module = nn.BatchNorm2d(width)
+    else:
+        layer = graph.draw.choice((nn.LayerNorm, nn.RMSNorm))(width)
+    index = graph.layer(layer)
+    return (lambda model, values: model.layers[index](values[place])), width
+
+
+def _split(graph: RandomGraph) -> Made:
+    place = graph.pick()
+    width, part = graph.channels[place], graph.draw.randrange(2)
+    if width % 2:
+        return None
+    dim, way = graph.dim, graph.draw.randrange(3)
+    if way == 0:
+        return (lambda model, values: torch.chunk(values[place], 2, dim)[part]), width // 2
+    half: Any = width // 2 if way == 1 else [width // 2, width // 2]
+    return (lambda model, values: torch.split(values[place], half, dim)[part]), width // 2
+
+
+def _concatenate(graph: RandomGraph) -> Made:
+    one, other = graph.pick(), graph.pick()
+    width = graph.channels[one] + graph.channels[other]
+    return (lambda model, values: torch.cat((values[one], values[other]), dim=graph.dim)), width
+
+
+def _shared(graph: RandomGraph) -> Made:
+    kind: Any = nn.Conv2d if graph.images else nn.Linear
+    known = [i for i, layer in enumerate(graph.layers) if isinstance(layer, kind)]
+    if not known:
+        return None
+    index = graph.draw.choice(known)
+    layer: Any = graph.layers[index]
+    inputs = layer.in_channels if graph.images else layer.in_features
+    outputs = layer.out_channels if graph.images else layer.out_features
+    places = [i for i, c in enumerate(graph.channels) if c == inputs]
+    if not places:
+        return None
+    place = graph.draw.choice(places)
+    return (lambda model, values: model.layers[index](values[place])), outputs
+
+
+def _gated_pair(graph: RandomGraph) -> Made:
+    """A fused gated layer: one matmul makes both halves."""
+    place, width = graph.pick(), graph.draw.choice((4, 8))
+    layer = nn.Linear(graph.channels[place], 2 * width, bias=graph.draw.random() < 0.5)
+    index = graph.layer(layer)
+
+    def run(model: RandomGraph, values: list[Tensor]) -> Tensor:
+        gate, up = model.layers[index](values[place]).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    return run, width
+
+
+def _attention(graph: RandomGraph) -> Made:
+    """Self-attention with a fused projection of four heads."""
+    place = graph.pick()
+    layer = nn.Linear(graph.channels[place], 3 * 16, bias=graph.draw.random() < 0.5)
+    index = graph.layer(layer)
+
+    def run(model: RandomGraph, values: list[Tensor]) -> Tensor:
+        x = values[place]
+        q, k, v = model.layers[index](x).view(*x.shape[:2], 3, -1, 4).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return out.transpose(1, 2).reshape(*x.shape[:2], -1)
+
+    return run, 16
+
+
+TOKENS = (
+    _linear, _linear, _linear, _activation, _activation, _residual, _norm, _split, _concatenate,
+    _shared, _gated_pair, _attention,
+)  # fmt: skip
+IMAGE = (
+    _linear, _linear, _linear, _activation, _residual, _norm, _norm, _split, _concatenate, _shared,
+)  # fmt: skip
