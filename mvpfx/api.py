@@ -27,7 +27,7 @@ from mvpfx.passes.shrink_dims import ShrinkDims
 from mvpfx.patterns import specificity
 from mvpfx.pipeline import Record, run
 from mvpfx.program import Program, copy_graph, full_name, parent_name
-from mvpfx.region import Region, make_region, region_modules, region_of
+from mvpfx.region import Region, captured, make_region, region_modules, region_of
 from mvpfx.report import make_report
 from mvpfx.rule import Rule
 from mvpfx.site import Site
@@ -125,9 +125,15 @@ def convert(model: nn.Module, *, example_inputs: Any = None, lowering: str = "au
     check_whole(model)
     source = copy.deepcopy(model).eval()
     drop_runtimes(source)
-    known = {} if example_inputs is not None else _captured(model)
+    state = find_state(model)
+    known = captured(model, state.regions) if state and example_inputs is None else {}
     folding = (Capture(example_inputs), FindSites(), InsertMasks(), FoldMasks())
-    folded, records = run(folding, Program(source, graphs=known))
+    seen = Program(
+        source,
+        graphs={name: copy_graph(variant.graph) for name, variant in known.items()},
+        calls={name: variant.call for name, variant in known.items()},
+    )
+    folded, records = run(folding, seen)
     _check_folded(folded)
     shrunk, shrinking = run((ShrinkDims(),), folded)
     chosen, lowerings = run((choose, PropagateLayout(), LowerMatmuls()), shrunk)
@@ -177,14 +183,6 @@ def _plain(program: Program) -> nn.Module:
     return program.build(model).eval()
 
 
-def _captured(model: nn.Module) -> dict[str, fx.Graph]:
-    """What the regions of a prepared model have captured so far; nothing for any other."""
-    state = find_state(model)
-    regions = {} if state is None else {n: region_of(model.get_submodule(n)) for n in state.regions}
-    graphs = {name: region.graphs() for name, region in regions.items() if region is not None}
-    return {name: copy_graph(captured[0]) for name, captured in graphs.items() if captured}
-
-
 def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
     """The captured graphs of a prepared or converted model, to look at.
 
@@ -200,9 +198,9 @@ def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
     if state.report is None:
         for name in state.regions:
             region = region_of(model.get_submodule(name))
-            captured = region.graphs() if region is not None else []
-            if captured:
-                found[name] = captured[-1]
+            variants = region.captured() if region is not None else []
+            if variants:
+                found[name] = variants[-1].graph
     return {name: _graph_module(model, name, graph) for name, graph in found.items()}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -11,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from mvpfx.swap import original_class
-from mvpfx.torch_private import pytree
-from mvpfx.transformers_types import is_cache
 
 
 def run_example(model: nn.Module, example_inputs: Any) -> Any:
@@ -62,9 +59,3 @@ def inference(model: nn.Module) -> Generator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def with_own_caches(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with copies of caches, which the call is about to fill."""
-    flat, spec = pytree.tree_flatten((args, kwargs), is_leaf=is_cache)
-    return pytree.tree_unflatten([copy.deepcopy(x) if is_cache(x) else x for x in flat], spec)

@@ -52,7 +52,7 @@ def _calls(model: nn.Module, state: State) -> Iterator[Decision]:
         if region is None:
             continue
         if region.calls:
-            graphs = len(region.graphs())
+            graphs = len(region.captured())
             reason = f"{_count(region.calls, 'call')} ran as {_count(graphs, 'graph')}"
             yield Decision(name, "capture", True, reason)
         for reason, calls in region.declined.items():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from mvpfx.call import Arguments
 from mvpfx.recurrent import refresh_flat_weights
 from mvpfx.site import Site
 from mvpfx.weights import parameter_names
@@ -50,9 +51,7 @@ class Program:
     model: nn.Module
     graphs: dict[str, fx.Graph] = field(default_factory=dict[str, fx.Graph])
     """Region name -> its graph."""
-    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(
-        default_factory=dict[str, "tuple[tuple[Any, ...], dict[str, Any]]"]
-    )
+    calls: dict[str, Arguments] = field(default_factory=dict[str, Arguments])
     """Region name -> the arguments of the call its graph was recorded from."""
     regions: list[str] | None = None
     """Names of the regions that capture looked at, with and without a graph; None before it."""

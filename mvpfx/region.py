@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from mvpfx.call import blank
 from mvpfx.interception import is_capturing
 from mvpfx.recorder import Recorder
 from mvpfx.recording import CaptureError, Recording
@@ -86,21 +87,28 @@ class Region:
         self.calls += 1
         return variant.run(flat)
 
-    def graphs(self) -> list[fx.Graph]:
-        """The captured graphs, those recorded without gradients first."""
+    def captured(self) -> list[Variant]:
+        """What was captured, without gradients first."""
         found = [
-            (key[1], variant.graph)
+            (key[1], variant)
             for key, variants in self.variants.items()
             for variant in variants
             if isinstance(variant, Variant)
         ]
-        return [graph for _, graph in sorted(found, key=lambda pair: bool(pair[0]))]
+        return [variant for _, variant in sorted(found, key=lambda pair: bool(pair[0]))]
 
 
 def region_of(module: nn.Module) -> Region | None:
     """The region runtime of a module, or None."""
     runtime = runtime_of(module)
     return runtime if isinstance(runtime, Region) else None
+
+
+def captured(model: nn.Module, names: list[str]) -> dict[str, Variant]:
+    """What the regions called `names` have captured so far, one variant each."""
+    regions = {name: region_of(model.get_submodule(name)) for name in names}
+    found = {name: region.captured() for name, region in regions.items() if region is not None}
+    return {name: variants[0] for name, variants in found.items() if variants}
 
 
 def region_modules(model: nn.Module, owners: set[str]) -> Iterator[tuple[str, nn.Module]]:
@@ -184,9 +192,10 @@ def capture(
         CaptureError: with the reason, whatever went wrong while recording on fakes; the
             module's own forward then serves, and raises the error if it is one.
     """
+    kept = blank(*call)
     recording = _record(module, call, forward)
     graph = region.rewrite(module, region, recording.graph)
-    return Variant(module, recording, graph)
+    return Variant(module, recording, graph, kept)
 
 
 def capture_graph(module: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> fx.Graph:

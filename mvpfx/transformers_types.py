@@ -29,6 +29,13 @@ def is_cache(value: object) -> bool:
     return kind is not None and isinstance(value, kind)
 
 
+def is_cache_layer(value: object) -> bool:
+    """Whether `value` is what one layer of a cache holds."""
+    names = ("CacheLayerMixin", "LinearAttentionCacheLayerMixin")
+    kinds = [_loaded("transformers.cache_utils", name) for name in names]
+    return any(kind is not None and isinstance(value, kind) for kind in kinds)
+
+
 def layer_type(cache: Any, layer: int) -> type | None:
     """The class of one layer of a cache, which may be made at its first update; None if unknown."""
     if layer < len(cache.layers):

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from mvpfx.call import Arguments
 from mvpfx.recording import SELF, CaptureError, Recording
 from mvpfx.torch_private import (
     int_expression,
@@ -33,10 +34,14 @@ class Variant:
         graph: the graph, targets relative to the region.
         check: whether a call's flat arguments meet the guards on sizes, and on caches.
         function: the graph as one function of what `inputs` gathers.
+        call: the arguments it was recorded from, without their numbers.
     """
 
-    def __init__(self, module: nn.Module, recording: Recording, graph: fx.Graph) -> None:
+    def __init__(
+        self, module: nn.Module, recording: Recording, graph: fx.Graph, call: Arguments
+    ) -> None:
         self.graph = graph
+        self.call = call
         self.check: Check = size_check(recording)
         self._leaves = recording.leaves
         self._modules = tuple(module.modules())  # signatures name modules by id: none may be reused

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from mvpfx.example import inference, run_example, with_own_caches
+from mvpfx.call import kept
+from mvpfx.example import inference, run_example
 from mvpfx.facts import fact
 from mvpfx.interception import is_capturing
 from mvpfx.matmul import find_matmuls, token_count
@@ -90,7 +91,7 @@ def _recording(
         if name in program.graphs or name in reasons or is_capturing():
             return
         try:
-            call = with_own_caches(args, kwargs)
+            call = kept(args, kwargs)
             program.graphs[name] = capture_graph(module, (args, kwargs))
             program.calls[name] = call
         except CaptureError as reason:

@@ -152,7 +152,7 @@ def test_switches_in_objects_and_dictionaries_are_seen_after_capture() -> None:
         for each in (model, reference):
             each.options.negate, each.scaling["default"] = negate, scale
         assert difference(model(x), reference(x)) == 0
-    assert root(model).calls == 4 and len(root(model).graphs()) == 3
+    assert root(model).calls == 4 and len(root(model).captured()) == 3
 
 
 def test_empty_inputs_have_a_variant_of_their_own() -> None:

@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from mvpfx.example import inference, with_own_caches
+from mvpfx.call import filled
+from mvpfx.example import inference
 from mvpfx.program import Program
 from mvpfx.recording import CaptureError
 from mvpfx.region import capture_graph
 from mvpfx.state import detach_state
 from mvpfx.swap import restore
 
+NO_CALL = "no call is known to prove it with: give convert example_inputs"
 _FAILURES = (
     CaptureError, RuntimeError, ValueError, TypeError, IndexError, AssertionError, KeyError,
     AttributeError,
@@ -27,17 +29,17 @@ def find_difference(program: Program, region: str) -> tuple[str, fx.Node | None]
     What a leaf reads from its module while it runs, as a number of groups, is in no graph.
 
     Returns:
-        None where both are the same, or the region's call is not known. Else what is not the
-        same, and at which node; None for that where recording failed.
+        None where both are the same. Else what is not, and at which node; None for that where
+        recording failed.
     """
     call = program.calls.get(region)
     if call is None:
-        return None
+        return NO_CALL, None
     module = region_copy(program, region)
     try:
         with inference(module):
-            recorded = capture_graph(module, call)
-            args, kwargs = with_own_caches(*call)
+            recorded = capture_graph(module, filled(call))
+            args, kwargs = filled(call)
             module(*args, **kwargs)
     except _FAILURES as error:
         return f"the module's forward fails with what would stay: {error}", None
