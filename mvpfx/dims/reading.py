@@ -84,7 +84,7 @@ class Reading:
     def _attribute(self, node: fx.Node) -> None:
         if "constant" in node.meta:
             constant: Tensor = node.meta["constant"]
-            value = Value.of(node.name, tuple(constant.shape), Known.all(constant.detach()))
+            value = Value.of(node.name, tuple(constant.shape), Known.all(constant.detach().cpu()))
             value.fixed = [OUTSIDE] * constant.dim()
             self.values[node] = value
             return
@@ -97,8 +97,7 @@ class Reading:
             tensor = self.program.parameter(name)
             if tensor is None:
                 return None
-            detached = tensor.detach()
-            value = Value.of(name, tuple(tensor.shape), Known.all(detached))
+            value = Value.of(name, tuple(tensor.shape), Known.all(tensor.detach().cpu()))
             reason = self.obstacle(name)
             value.fixed = [reason] * tensor.dim()
             value.follows = True

@@ -7,6 +7,7 @@ those where nothing varies.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Known:
-    """Which elements are the same for every input, and what they are.
+    """Which elements are the same for every input, and what they are; on the CPU.
 
     Attributes:
         constant: bool, compact.
@@ -37,17 +38,17 @@ class Known:
             return cls.nothing(value.dim())
         return cls(torch.ones((1,) * value.dim(), dtype=torch.bool), value)
 
-    @property
+    @cached_property
     def zero(self) -> Tensor:
         """Where an element is known to be zero."""
         return self.constant & (self.value == 0)
 
-    @property
+    @cached_property
     def is_all(self) -> bool:
         """Whether every element is constant."""
         return bool(self.constant.all())
 
-    @property
+    @cached_property
     def is_nothing(self) -> bool:
         """Whether no element is."""
         return not bool(self.constant.any())
