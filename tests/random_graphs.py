@@ -87,6 +87,17 @@ def _activation(graph: RandomGraph) -> Made:
     return (lambda model, values: function(values[place])), graph.channels[place]
 
 
+def _chosen(graph: RandomGraph) -> Made:
+    place, slope = graph.pick(), graph.draw.choice((0.0, 0.1))
+    if graph.draw.random() < 0.5:
+        return (
+            lambda model, values: torch.where(values[place] > 0, values[place], slope)
+        ), graph.channels[place]
+    return (
+        lambda model, values: values[place].masked_fill(values[place] < 0, slope)
+    ), graph.channels[place]
+
+
 def _residual(graph: RandomGraph) -> Made:
     place = graph.pick()
     width = graph.channels[place]
@@ -174,9 +185,10 @@ def _attention(graph: RandomGraph) -> Made:
 
 
 TOKENS = (
-    _linear, _linear, _linear, _activation, _activation, _residual, _norm, _split, _concatenate,
-    _shared, _gated_pair, _attention,
+    _linear, _linear, _linear, _activation, _activation, _chosen, _residual, _norm, _split,
+    _concatenate, _shared, _gated_pair, _attention,
 )  # fmt: skip
 IMAGE = (
-    _linear, _linear, _linear, _activation, _residual, _norm, _norm, _split, _concatenate, _shared,
+    _linear, _linear, _linear, _activation, _chosen, _residual, _norm, _norm, _split,
+    _concatenate, _shared,
 )  # fmt: skip

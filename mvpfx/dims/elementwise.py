@@ -75,6 +75,16 @@ class Elementwise:
         return zero
 
 
+class Comparison(Elementwise):
+    """An elementwise node of which only the dimensions are followed: comparisons and choices."""
+
+    def __init__(self) -> None:
+        super().__init__(operator.is_)
+
+    def forward(self, step: Step) -> None:
+        """Nothing is known of the result."""
+
+
 class PerChannel:
     """A normalisation by stored statistics: elementwise, with parameters along dimension 1."""
 

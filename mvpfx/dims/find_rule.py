@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from mvpfx.dims.attention import Attention, CacheUpdate
 from mvpfx.dims.contraction import Contraction
 from mvpfx.dims.convolution import Convolution, Lookup
-from mvpfx.dims.elementwise import Elementwise, PerChannel
+from mvpfx.dims.elementwise import Comparison, Elementwise, PerChannel
 from mvpfx.dims.operations import find_operation
 from mvpfx.dims.rearrangement import NAMES, Rearrangement
 from mvpfx.dims.reduction import Reduction
@@ -28,6 +27,10 @@ _POOL_FUNCTIONS = (
     "adaptive_avg_pool1d", "adaptive_avg_pool2d", "avg_pool1d", "avg_pool2d",
     "max_pool1d", "max_pool2d",
 )  # fmt: skip
+_COMPARISONS = frozenset((
+    "and", "eq", "ge", "gt", "invert", "le", "logical_and", "logical_not", "logical_or", "lt",
+    "masked_fill", "maximum", "minimum", "ne", "or", "where",
+))  # fmt: skip
 LARGEST = 2**28
 """Elements of the largest rearrangement that is looked into."""
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
@@ -66,8 +69,10 @@ def find_rule(step: Step, can_fold: bool) -> Rule:
         return found
     if step.name in NAMES and moves_only(step):
         return Rearrangement()
+    if step.name.strip("_") in _COMPARISONS and len(step.outputs) == 1:
+        return Comparison()
     operation = find_operation(step.node)
-    if operation is not None and len(step.outputs) == 1 and _plain(step):
+    if operation is not None and len(step.outputs) == 1 and is_floating(step):
         return Elementwise(operation)
     if step.name == "embedding" and len(step.inputs) == 2:
         return Lookup()
@@ -82,9 +87,10 @@ def moves_only(step: Step) -> bool:
     return set(step.values) <= set(moved) and whole < LARGEST
 
 
-def _plain(step: Step) -> bool:
+def is_floating(step: Step) -> bool:
+    """Whether a node makes real numbers."""
     value = step.node.meta.get("val")
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.dtype == torch.bool)
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _of_module(step: Step) -> Rule | None:
