@@ -98,7 +98,9 @@ def prepare(
     return whole
 
 
-def convert(model: nn.Module, *, example_inputs: Any = None, lowering: str = "auto") -> nn.Module:
+def convert(
+    model: nn.Module, *, example_inputs: Any = None, lowering: str = "auto", multiple_of: int = 1
+) -> nn.Module:
     """Lower a model with zeros in its weights to the smallest, fastest one that computes the same.
 
     Masks are folded, dead channels and heads removed, and each weight gets the storage that is
@@ -111,17 +113,18 @@ def convert(model: nn.Module, *, example_inputs: Any = None, lowering: str = "au
             it they come from a break-even table, and only a prepared model that was called before
             has graphs in which dead channels can be found.
         lowering: "auto" takes the fastest; "dense", "csr" or "bsr" is taken wherever it can be.
+        multiple_of: what the sizes of smaller weights are rounded up to a multiple of.
 
     Returns:
         A new model. `sparsity_table` and `explain` say what was done to it.
 
     Raises:
-        ValueError: the example inputs do not fit, the lowering is unknown, a weight is read both
+        ValueError: the example inputs do not fit, an option is unknown, a weight is read both
             with its mask and without it under one name, weights are sharded over ranks, or a
             wrapper may compute more than the prepared model in it (DDP is taken off).
         RuntimeError: the outputs differ by more than `TOLERANCE` allows; nothing is returned.
     """
-    choose, model = ChooseStorage(lowering), unwrapped(model)
+    shrink, choose, model = ShrinkDims(multiple_of), ChooseStorage(lowering), unwrapped(model)
     check_whole(model)
     source = copy.deepcopy(model).eval()
     drop_runtimes(source)
@@ -135,7 +138,7 @@ def convert(model: nn.Module, *, example_inputs: Any = None, lowering: str = "au
     )
     folded, records = run(folding, seen)
     _check_folded(folded)
-    shrunk, shrinking = run((ShrinkDims(),), folded)
+    shrunk, shrinking = run((shrink,), folded)
     chosen, lowerings = run((choose, PropagateLayout(), LowerMatmuls()), shrunk)
     small, comparison, name = _plain(chosen), None, "converted"
     if example_inputs is not None:

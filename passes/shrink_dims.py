@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from mvpfx.checks import as_count
 from mvpfx.dims.attention import Attention
 from mvpfx.dims.flow import Flow, folds_of
 from mvpfx.dims.follow import find_attributes
@@ -29,11 +30,19 @@ HEADS = "remove dead heads"
 
 @dataclass(frozen=True)
 class ShrinkDims(Pass):
-    """Make tensors between matmuls smaller, where that changes no result."""
+    """Make tensors between matmuls smaller, where that changes no result.
+
+    Attributes:
+        multiple_of: what sizes are rounded up to a multiple of, by keeping some dead channels.
+    """
 
     name: ClassVar[str] = "shrink_dims"
     requires: ClassVar[tuple[str, ...]] = ("masks_folded",)
     ensures: ClassVar[tuple[str, ...]] = ("masks_folded", "shapes_agree")
+    multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        as_count(self.multiple_of, "multiple_of")
 
     def apply(self, program: Program) -> Iterator[Decision]:
         """Shrink each region, then say what was left in it and why."""
@@ -41,16 +50,16 @@ class ShrinkDims(Pass):
         flows = [Flow(program, region, obstacle) for region in program.graphs]
         for flow in flows:
             flow.solve()
-            shrink(program, flow)
+            shrink(program, flow, self.multiple_of)
             yield from removals(flow)
         for name, reason in find_remains(program, flows):
             yield Decision(name, CHANNELS, False, reason)
 
 
-def shrink(program: Program, flow: Flow) -> None:
+def shrink(program: Program, flow: Flow, multiple: int) -> None:
     """Write what may go into the program, less what the region's forward would not follow."""
     while flow.removes:
-        arguments = make_writable(flow)
+        arguments = _settled(flow, multiple)
         trial = program.copy()
         rewrite(trial, flow, arguments)
         trial.attributes |= find_attributes(program, flow, arguments)
@@ -60,6 +69,16 @@ def shrink(program: Program, flow: Flow) -> None:
             program.graphs[flow.region] = trial.graphs[flow.region]
             return
         _block(flow, arguments, *difference)
+
+
+def _settled(flow: Flow, multiple: int) -> dict[fx.Node, tuple[object, ...]]:
+    """Round sizes up and take back what cannot be written, until neither changes anything."""
+    while True:
+        size = flow.size
+        flow.round_up(multiple)
+        arguments = make_writable(flow)
+        if flow.size == size:
+            return arguments
 
 
 def _block(

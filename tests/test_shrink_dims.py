@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import mvpfx
 from mvpfx.passes.shrink_dims import ShrinkDims
 from mvpfx.program import graph_text
 from tests.graphs import applied, apply, assert_same, declined, linear, mlp, program_of, zero_
@@ -207,3 +208,17 @@ def test_feed_forward_of_decoders(name: str, up: str, down: str) -> None:
     assert applied(decisions)[-1].startswith(f"{down}.weight: {gone}")
     small = assert_same(program, batch)
     assert math.prod(small.get_parameter(f"{down}.weight").shape) == 32 * (width - 10)
+
+
+@pytest.mark.parametrize(("multiple", "kept"), [(1, 13), (4, 16), (8, 16), (32, 32), (64, 48)])
+def test_sizes_are_rounded_up_with_dead_channels(multiple: int, kept: int) -> None:
+    model, batch = build("llama")
+    zero_(model.get_parameter("model.layers.0.mlp.up_proj.weight")[13:])
+    program, _ = apply(ShrinkDims(multiple_of=multiple), program_of(model, batch))
+    small = assert_same(program, batch)
+    assert small.get_parameter("model.layers.0.mlp.up_proj.weight").shape == (kept, 32)
+
+
+def test_a_multiple_is_a_whole_number() -> None:
+    with pytest.raises(ValueError, match="multiple_of must be at least 1; found 0"):
+        mvpfx.convert(mlp(nn.ReLU()), multiple_of=0)

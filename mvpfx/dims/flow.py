@@ -53,6 +53,28 @@ class Flow(Reading):
         self.settle(touched)
         self._keep_one()
 
+    def round_up(self, multiple: int) -> None:
+        """Keep some of what is dead, so that sizes of weights are multiples of `multiple`.
+
+        A size that was no multiple before may stay as it was.
+        """
+        while True:
+            uneven = [
+                (value, dim)
+                for value in self.parameters.values()
+                for dim in range(len(value.shape))
+                if len(value.shape) > 1 and value.kept(dim) % multiple > 0
+                if value.kept(dim) < value.shape[dim]
+            ]
+            if not uneven:
+                return
+            value, dim = uneven[0]
+            lacking = multiple - value.kept(dim) % multiple
+            going = value.removed[dim]
+            allowed = going & (going.cumsum(0) > lacking)
+            value.allow(dim, allowed, f"sizes are multiples of {multiple}")
+            self.settle(self.readers[id(value)])
+
     def _keep_one(self) -> None:
         """Let no dimension become empty."""
         while True:
