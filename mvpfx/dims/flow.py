@@ -15,6 +15,8 @@ from mvpfx.dims.reading import Reading
 from mvpfx.dims.rule import Step
 from mvpfx.dims.value import Value
 
+UNREAD = "no node shows how it is used"
+
 
 class Flow(Reading):
     """What is known, needed and removed in one region."""
@@ -26,6 +28,8 @@ class Flow(Reading):
         for step, rule in reversed(self.steps):
             rule.backward(step)
         for value in self.all_values():
+            if value.follows and id(value) not in self.readers:
+                value.fixed = [UNREAD] * len(value.shape)
             value.start()
         self.settle([step for step, _ in self.steps])
         self._keep_one()
