@@ -20,6 +20,7 @@ from mvpfx.saved_config import pruning_config
 from mvpfx.schedule import ConstantSchedule, CubicSchedule, ExponentialSchedule, LinearSchedule
 from mvpfx.scheduler import SparsityScheduler
 from mvpfx.state import report_of
+from mvpfx.store import load, save
 
 if TYPE_CHECKING:
     from mvpfx import hf
@@ -42,12 +43,14 @@ __all__ = [
     "graphs",
     "hf",
     "latest_checkpoint",
+    "load",
     "load_checkpoint",
     "parameter_groups",
     "penalty",
     "prepare",
     "pruning_config",
     "report_of",
+    "save",
     "save_checkpoint",
     "sparsity_table",
 ]

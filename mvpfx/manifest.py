@@ -53,15 +53,15 @@ def write_manifest(folder: Path, manifest: Manifest, patterns: Sequence[str] = (
         manifest: whose `files` are filled in.
         patterns: of the files that are listed.
     """
-    files = {name: _measured(folder / name) for name in _file_names(folder, patterns)}
+    files = {name: measured(folder / name) for name in _file_names(folder, patterns)}
     body = {**asdict(manifest), "files": files, "format": FORMAT, "version": VERSION}
-    body["digest"] = _digest(body)
+    body["digest"] = digest_of(body)
     text = json.dumps(body, indent=2, sort_keys=True) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     for name in (*files, MANIFEST):
-        _flush(folder / name)
+        flush(folder / name)
     for path in {(folder / name).parent for name in (*files, MANIFEST)}:
-        _flush(path)
+        flush(path)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -93,7 +93,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} is of something else: its format is {kind!r}, and {FORMAT!r} is needed. "
             "Pass the folder of a checkpoint."
         )
-    if digest != _digest({**body, "format": kind, "version": version}):
+    if digest != digest_of({**body, "format": kind, "version": version}):
         raise ValueError(f"{path} is corrupted: it does not match its own digest. {ADVICE}")
     if version != VERSION:
         raise ValueError(
@@ -131,7 +131,7 @@ def verify_checkpoint(folder: str | Path) -> Manifest:
                 f"{path} has {found} bytes and was saved with {listed['bytes']}: it is cut short "
                 f"or of another checkpoint. {ADVICE}"
             )
-        if _measured(path) != listed:
+        if measured(path) != listed:
             raise ValueError(
                 f"{path} does not have the SHA-256 it was saved with: it is corrupted or of "
                 f"another checkpoint. {ADVICE}"
@@ -171,7 +171,7 @@ def take_place(staged: Path, folder: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(folder, replaced)
     os.replace(staged, folder)
-    _flush(folder.parent)
+    flush(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -199,7 +199,8 @@ def _file_names(folder: Path, patterns: Sequence[str]) -> list[str]:
     return sorted(names - {MANIFEST})
 
 
-def _measured(path: Path) -> dict[str, Any]:
+def measured(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -207,12 +208,13 @@ def _measured(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _digest(body: Mapping[str, Any]) -> str:
+def digest_of(body: Mapping[str, Any]) -> str:
+    """SHA-256 of plain data, whatever its order."""
     text = json.dumps(body, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have the system write a file, or the names in a folder, to disk."""
     if path.is_dir() and os.name != "posix":
         return  # other systems do not open folders

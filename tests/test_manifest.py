@@ -81,7 +81,7 @@ def test_a_damaged_or_foreign_manifest(saved: Path) -> None:
     body = json.loads(text)
     versioned = {**body, "version": 2}
     del versioned["digest"]
-    versioned["digest"] = manifests._digest(versioned)
+    versioned["digest"] = manifests.digest_of(versioned)
     cases = {
         text[:-40]: f"{path} is cut short or corrupted: it is no JSON. {ADVICE}",
         "[]": f"{path} is cut short or corrupted: it is no JSON. {ADVICE}",

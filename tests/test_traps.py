@@ -227,7 +227,7 @@ def test_7_a_view_that_holds_the_head_count_is_never_reshaped_in_silence() -> No
     small = mvpfx.convert(model, example_inputs=x)
     torch.testing.assert_close(small(x), model(x), atol=1e-5, rtol=0)
     declined = [d for d in mvpfx.report_of(small).decisions if not d.applied]
-    assert any("view" in d.reason for d in declined), declined
+    assert any("the module's forward fails" in d.reason for d in declined), declined
 
 
 def test_8_attention_implementation_may_change_after_capture() -> None:

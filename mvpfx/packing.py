@@ -1,0 +1,72 @@
+"""Tensors full of zeros in a file: the values that are not zero, and how far apart they are.
+
+A packed tensor is two, `NAME.packed` and `NAME.gaps`: the k-th value stands
+`gaps[0] + ... + gaps[k]` places after the place before the first. A gap is one byte; longer ones
+are bridged by stored zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LONGEST = 255
+WORTH = 0.9
+"""A tensor is packed where that takes less than this fraction of its bytes."""
+VALUES = ("exact", "bf16", "int8")
+_QUANTIZED = 127
+
+
+def is_worth_it(tensor: Tensor) -> bool:
+    """Whether packing makes a tensor smaller."""
+    if tensor.dim() < 2 or not tensor.is_floating_point() or tensor.numel() == 0:
+        return False
+    size = tensor.element_size()
+    stored = int(torch.count_nonzero(tensor)) + tensor.numel() // LONGEST
+    return stored * (size + 1) < WORTH * tensor.numel() * size
+
+
+def pack(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Values `[n]` and gaps uint8 `[n]` of a tensor of any shape."""
+    flat = tensor.reshape(-1)
+    places = flat.nonzero().flatten()
+    gaps = torch.diff(places, prepend=places.new_tensor([-1]))
+    bridges = (gaps - 1).div(LONGEST, rounding_mode="floor")
+    ends = torch.arange(len(places)) + bridges.cumsum(0)
+    count = len(places) + int(bridges.sum())
+    values, steps = flat.new_zeros(count), torch.full((count,), LONGEST, dtype=torch.uint8)
+    values[ends] = flat[places]
+    steps[ends] = (gaps - bridges * LONGEST).to(torch.uint8)
+    return values, steps
+
+
+def unpack(values: Tensor, gaps: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The tensor that `pack` took apart.
+
+    Raises:
+        ValueError: values and gaps do not fit one another, or lead out of the tensor.
+    """
+    if values.dim() != 1 or values.shape != gaps.shape or gaps.dtype != torch.uint8:
+        raise ValueError(f"{list(values.shape)} values and {list(gaps.shape)} gaps do not fit")
+    places = gaps.to(torch.int64).cumsum(0) - 1
+    flat = values.new_zeros(torch.Size(shape).numel())
+    if len(places) and (int(gaps.min()) < 1 or int(places[-1]) >= len(flat)):
+        raise ValueError(f"its gaps lead to place {int(places[-1])} of {len(flat)}, or stand still")
+    flat[places] = values
+    return flat.view(shape)
+
+
+def shorten(values: Tensor, how: str) -> tuple[Tensor, float]:
+    """Values in fewer bytes, and what they are to be multiplied by."""
+    if how == "bf16":
+        return values.to(torch.bfloat16), 1.0
+    if how == "int8":
+        scale = float(values.abs().max()) / _QUANTIZED if values.numel() else 1.0
+        scale = scale or 1.0
+        return (values / scale).round().to(torch.int8), scale
+    return values, 1.0
+
+
+def lengthen(values: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """What `shorten` was given, as near as it can be."""
+    return values if values.dtype == dtype else (values.to(torch.float32) * scale).to(dtype)

@@ -1,0 +1,228 @@
+"""Converted models in a folder: tensors as safetensors, all else as JSON; no code, no pickle.
+
+Reading order: `save`, `load`, then what they check.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mvpfx.blueprint import Blueprint, describe, fill, make_skeleton
+from mvpfx.manifest import digest_of, flush, measured, replacing
+from mvpfx.packing import VALUES, is_worth_it, lengthen, pack, shorten, unpack
+from mvpfx.pipeline import Decision, Record
+from mvpfx.report import Report, Row
+from mvpfx.state import State, attach_state, find_state
+
+TENSORS = "model.safetensors"
+DESCRIPTION = "mvpfx_model.json"
+FORMAT = "mvpfx model"
+VERSION = 1
+ADVICE = "Save the model again with mvpfx.save."
+
+
+def save(model: nn.Module, folder: str | Path, *, values: str = "exact") -> Path:
+    """Save a converted model; all of it is there, or nothing is.
+
+    Weights with many zeros take one byte a nonzero besides its value, whatever their storage in
+    memory. What `folder` held before is replaced.
+
+    Args:
+        model: what `convert` returned, fine-tuned since or not.
+        folder: where to.
+        values: "exact"; or "bf16" or "int8" (one scale a weight), for the values of weights with
+            many zeros: smaller, and the loaded model differs by the rounding.
+
+    Returns:
+        `folder`, as a path.
+
+    Raises:
+        ValueError: the model was not converted, or `values` is unknown.
+    """
+    state = find_state(model)
+    if state is None or state.report is None:
+        raise ValueError(
+            f"{type(model).__name__} was not converted. mvpfx.save is for what mvpfx.convert "
+            "returns; a prepared model is saved with mvpfx.save_checkpoint."
+        )
+    if values not in VALUES:
+        raise ValueError(f"values must be one of {', '.join(VALUES)}; found {values!r}.")
+    blueprint, tensors = describe(model)
+    stored, packed = _pack_all(tensors, values)
+    body = {
+        "format": FORMAT,
+        "version": VERSION,
+        "blueprint": asdict(blueprint),
+        "packed": packed,
+        "report": report_data(state.report),
+    }
+    folder = Path(folder)
+    with replacing(folder) as staged:
+        save_file(stored, staged / TENSORS, metadata={"format": "pt"})
+        body["files"] = {TENSORS: measured(staged / TENSORS)}
+        text = json.dumps({**body, "digest": digest_of(body)}, indent=1, sort_keys=True)
+        (staged / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        for path in (staged / TENSORS, staged / DESCRIPTION, staged):
+            flush(path)
+    return folder
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """A model that `save` saved, in eval mode, on the CPU.
+
+    Nothing in the folder is run: the model's class comes from transformers by its name, and every
+    size, shape and index is checked before it is used.
+
+    Args:
+        folder: where from.
+        model: for a class that is not in transformers: a model of it as it was before it was
+            pruned. It is changed in place and returned.
+
+    Raises:
+        ValueError: a file is missing, damaged, or does not fit; the text says which and where.
+    """
+    folder = Path(folder)
+    try:
+        body = _read(folder)
+        blueprint = Blueprint(**body["blueprint"])
+        tensors = _unpack_all(_tensors(folder), body["packed"])
+        _check_tensors(blueprint, tensors)
+        loaded = make_skeleton(blueprint) if model is None else model
+        if type(loaded).__name__ != blueprint.kind:
+            raise ValueError(f"a {blueprint.kind} was saved, not a {type(loaded).__name__}")
+        fill(loaded, blueprint, tensors)
+        report = read_report(body["report"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {error}. {ADVICE}") from error
+    attach_state(loaded, State(records=report.records, report=report))
+    return loaded.eval()
+
+
+def report_data(report: Report) -> dict[str, Any]:
+    """A report as plain data, without graphs."""
+    return {
+        "records": [
+            {
+                "name": record.name,
+                "seconds": record.seconds,
+                "decisions": [asdict(decision) for decision in record.decisions],
+            }
+            for record in report.records
+        ],
+        "rows": [asdict(row) for row in report.rows],
+        "max_difference": report.max_difference,
+        "latency_before_ms": report.latency_before_ms,
+        "latency_after_ms": report.latency_after_ms,
+    }
+
+
+def read_report(data: Mapping[str, Any]) -> Report:
+    """The report in a file."""
+    records = [
+        Record(r["name"], {}, {}, tuple(Decision(**d) for d in r["decisions"]), r["seconds"], True)
+        for r in data["records"]
+    ]
+    shapes = ("shape_before", "shape_after")
+    listed: list[dict[str, Any]] = [dict(row) for row in data["rows"]]
+    for row in listed:
+        row.update({name: tuple(row[name]) for name in shapes})
+    rows = [Row(**row) for row in listed]
+    rest = {f.name: data[f.name] for f in fields(Report) if f.name not in ("records", "rows")}
+    return Report(records, rows, **rest)
+
+
+def _pack_all(
+    tensors: Mapping[str, Tensor], values: str
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """What goes into the file, and how each packed tensor is read back."""
+    stored: dict[str, Tensor] = {}
+    packed: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        sparse = name.endswith(".values") and f"{name[:-7]}.crow_indices" in tensors
+        if not sparse and not is_worth_it(tensor):
+            stored[name] = tensor
+            continue
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        entry: dict[str, Any] = {"shape": list(tensor.shape), "dtype": dtype}
+        found, gaps = (tensor, None) if sparse else pack(tensor)
+        stored[f"{name}.packed"], entry["scale"] = shorten(found, values)
+        if gaps is not None:
+            stored[f"{name}.gaps"] = gaps
+        packed[name] = entry
+    return stored, packed
+
+
+def _unpack_all(
+    stored: dict[str, Tensor], packed: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Tensor]:
+    tensors = dict(stored)
+    for name, entry in packed.items():
+        dtype = getattr(torch, entry["dtype"])
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{name} has no type {entry['dtype']}")
+        values = lengthen(tensors.pop(f"{name}.packed"), float(entry["scale"]), dtype)
+        gaps = tensors.pop(f"{name}.gaps", None)
+        shape = tuple(entry["shape"])
+        if gaps is None and tuple(values.shape) != shape:
+            raise ValueError(f"{name} is {list(values.shape)}, and {list(shape)} was saved")
+        try:
+            tensors[name] = values if gaps is None else unpack(values, gaps, shape)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return tensors
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The description, once it and the files it lists are known to be whole."""
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise ValueError(f"it has no {DESCRIPTION}, so it holds no converted model")
+    try:
+        body = json.loads(path.read_bytes())
+        kind, found, version = body["format"], body.pop("digest"), body["version"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{DESCRIPTION} is cut short or corrupted") from None
+    if kind != FORMAT:
+        raise ValueError(f"{DESCRIPTION} is of {kind!r}, and {FORMAT!r} is needed")
+    if found != digest_of(body):
+        raise ValueError(f"{DESCRIPTION} does not match its own digest")
+    if version != VERSION:
+        raise ValueError(f"it has version {version}, and this release of mvpfx reads {VERSION}")
+    for name, listed in body["files"].items():
+        if name != TENSORS or not (folder / name).is_file() or measured(folder / name) != listed:
+            raise ValueError(f"{name} is missing, cut short, corrupted or of another model")
+    if TENSORS not in body["files"]:
+        raise ValueError(f"{TENSORS} is not listed")
+    return body
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / TENSORS)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{TENSORS} is no safetensors file: {error}") from None
+
+
+def _check_tensors(blueprint: Blueprint, tensors: Mapping[str, Tensor]) -> None:
+    """Every tensor has the shape and type that are written down, and none is there besides."""
+    expected = {name for name in blueprint.tensors if name not in blueprint.tied}
+    different = expected ^ set(tensors)
+    if different:
+        raise ValueError(f"{min(different)} is either in {TENSORS} or written down, not both")
+    for name, source in blueprint.tied.items():
+        if source not in expected or blueprint.tensors[name] != blueprint.tensors[source]:
+            raise ValueError(f"{name} is tied to {source}, which is another tensor")
+    for name in expected:
+        entry, tensor = blueprint.tensors[name], tensors[name]
+        found = [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+        if found != [entry["shape"], entry["dtype"]]:
+            raise ValueError(f"{name} is {found}, and {entry} is written down")

@@ -1,0 +1,235 @@
+"""Converted models through a folder and back, in this process and in a fresh one."""
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import mvpfx
+from mvpfx.manifest import digest_of, measured
+from mvpfx.packing import pack, unpack
+from mvpfx.store import DESCRIPTION, TENSORS
+from tests.graphs import mlp, outputs, zero_
+from tests.models import build
+
+MODELS = ("bert", "gpt2", "llama", "vit")
+
+
+def converted(name: str, lowering: str = "dense") -> tuple[nn.Module, Any]:
+    """A converted model with dead units and single zeros, and its batch."""
+    model, batch = build(name)
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.dim() == 2 and parameter.shape[0] != 99:
+            zero_(parameter[::3])
+            with torch.no_grad():
+                parameter *= torch.rand_like(parameter) < 0.15
+    return mvpfx.convert(model.eval(), example_inputs=batch, lowering=lowering), batch
+
+
+@pytest.mark.parametrize("lowering", ["dense", "csr", "bsr"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_loaded_model_is_the_same_to_the_bit(name: str, lowering: str, tmp_path: Path) -> None:
+    small, batch = converted(name, lowering)
+    assert mvpfx.save(small, tmp_path / "m") == tmp_path / "m"
+    loaded = mvpfx.load(tmp_path / "m")
+    assert type(loaded) is type(small) and not loaded.training
+    assert torch.equal(outputs(loaded, batch), outputs(small, batch))
+    assert mvpfx.sparsity_table(loaded) == mvpfx.sparsity_table(small)
+    assert mvpfx.explain(loaded) == mvpfx.explain(small)
+    trains = {n: p.requires_grad for n, p in loaded.named_parameters()}
+    assert trains == {n: p.requires_grad for n, p in small.named_parameters()}
+
+
+def test_in_a_fresh_process(tmp_path: Path) -> None:
+    small, batch = converted("bert", "csr")
+    mvpfx.save(small, tmp_path / "m")
+    torch.save((batch, outputs(small, batch)), tmp_path / "expected.pt")
+    code = (
+        "import sys, torch, mvpfx; folder = sys.argv[1]\n"
+        "batch, expected = torch.load(folder + '/expected.pt')\n"
+        "model = mvpfx.load(folder + '/m')\n"
+        "with torch.no_grad(): assert torch.equal(model(**batch).logits, expected)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_a_loaded_model_trains_and_is_saved_again(tmp_path: Path) -> None:
+    small, batch = converted("bert", "csr")
+    mvpfx.save(small, tmp_path / "m")
+    loaded = mvpfx.load(tmp_path / "m").train()
+    loaded(**batch).loss.backward()
+    assert all(p.grad is not None for n, p in loaded.named_parameters() if "key.bias" not in n)
+    mvpfx.save(loaded, tmp_path / "again")
+    again = mvpfx.load(tmp_path / "again")
+    assert torch.equal(outputs(again, batch), outputs(small, batch))
+
+
+def test_any_other_class_is_filled_into_a_model_of_it(tmp_path: Path) -> None:
+    model, x = mlp(nn.ReLU()), torch.randn(3, 4)
+    fresh = copy.deepcopy(model)
+    zero_(model.get_parameter("0.weight")[:4])
+    small = mvpfx.convert(model, example_inputs=x)
+    mvpfx.save(small, tmp_path / "m")
+    with pytest.raises(ValueError, match="Sequential is no transformers model, and code is not"):
+        mvpfx.load(tmp_path / "m")
+    loaded = mvpfx.load(tmp_path / "m", fresh)
+    assert loaded is fresh and torch.equal(outputs(loaded, x), outputs(small, x))
+    with pytest.raises(ValueError, match="a Sequential was saved, not a Linear"):
+        mvpfx.load(tmp_path / "m", nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize(("values", "tolerance"), [("bf16", 2e-2), ("int8", 5e-2)])
+def test_shorter_values_are_near(values: str, tolerance: float, tmp_path: Path) -> None:
+    small, batch = converted("bert")
+    exact = mvpfx.save(small, tmp_path / "exact")
+    folder = mvpfx.save(small, tmp_path / "short", values=values)
+    assert (folder / TENSORS).stat().st_size < (exact / TENSORS).stat().st_size
+    expected, found = outputs(small, batch), outputs(mvpfx.load(folder), batch)
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("density", [0.0, 0.001, 0.03, 0.5, 1.0])
+def test_packing_is_exact(density: float) -> None:
+    torch.manual_seed(0)
+    tensor = torch.randn(37, 211) * (torch.rand(37, 211) < density)
+    values, gaps = pack(tensor)
+    assert torch.equal(unpack(values, gaps, (37, 211)), tensor)
+
+
+def test_what_was_not_converted_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Linear was not converted\. mvpfx\.save is for what"):
+        mvpfx.save(nn.Linear(2, 2), tmp_path / "m")
+    small, _ = converted("bert")
+    with pytest.raises(ValueError, match="values must be one of exact, bf16, int8; found 'fp4'"):
+        mvpfx.save(small, tmp_path / "m", values="fp4")
+
+
+Damage = Callable[[Path], object]
+
+
+def rewritten(change: Callable[[dict[str, Any]], object]) -> Damage:
+    """Change the description and make its digest right again, as somebody hostile would."""
+
+    def damage(folder: Path) -> None:
+        path = folder / DESCRIPTION
+        body = json.loads(path.read_text())
+        body.pop("digest")
+        change(body)
+        path.write_text(json.dumps({**body, "digest": digest_of(body)}))
+
+    return damage
+
+
+def restored(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+    """Change the tensors, and make the description fit."""
+
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / TENSORS)
+        change(tensors)
+        save_file(tensors, folder / TENSORS)
+        rewritten(lambda b: b["files"].update({TENSORS: measured(folder / TENSORS)}))(folder)
+
+    return damage
+
+
+def plan(change: Callable[[dict[str, Any]], object]) -> Damage:
+    return rewritten(lambda body: change(body["blueprint"]))
+
+
+def cut(name: str, part: float) -> Damage:
+    def damage(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(len(data) * part)])
+
+    return damage
+
+
+def flip(name: str, part: float) -> Damage:
+    def damage(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[int(len(data) * part)] ^= 255
+        (folder / name).write_bytes(bytes(data))
+
+    return damage
+
+
+QUERY = "bert.encoder.layer.0.attention.self.query"
+FFN = "bert.encoder.layer.0.intermediate.dense"
+HOSTILE: dict[str, Damage] = {
+    **{
+        f"{name} cut at {p}": cut(name, p)
+        for name in (TENSORS, DESCRIPTION)
+        for p in (0, 0.3, 0.99)
+    },
+    **{f"{n} flipped at {p}": flip(n, p) for n in (TENSORS, DESCRIPTION) for p in (0, 0.4, 0.99)},
+    "no tensors": lambda folder: (folder / TENSORS).unlink(),
+    "no description": lambda folder: (folder / DESCRIPTION).unlink(),
+    "a list": lambda folder: (folder / DESCRIPTION).write_text("[]"),
+    "another format": rewritten(lambda b: b.update(format="other")),
+    "another version": rewritten(lambda b: b.update(version=2)),
+    "another file": rewritten(lambda b: b["files"].update({"../x": {}})),
+    "no file": rewritten(lambda b: b["files"].clear()),
+    "no blueprint": rewritten(lambda b: b.pop("blueprint")),
+    "no report": rewritten(lambda b: b.pop("report")),
+    "a class of os": plan(lambda b: b.update(kind="os.system")),
+    "a class that is no model": plan(lambda b: b.update(kind="Trainer")),
+    "another model": plan(lambda b: b.update(kind="BertModel")),
+    "a further field": plan(lambda b: b.update(code="x")),
+    "many layers": plan(lambda b: b["config"].update(num_hidden_layers=10**9)),
+    "more layers": plan(lambda b: b["config"].update(num_hidden_layers=3)),
+    "another type of size": plan(lambda b: b["config"].update(hidden_size="x")),
+    "a module less": plan(lambda b: b["modules"].pop(FFN)),
+    "a module more": plan(lambda b: b["modules"].update(more="Linear")),
+    "another module": plan(lambda b: b["modules"].update({FFN: "Embedding"})),
+    "an attribute more": plan(lambda b: b["sizes"][FFN].update(forward=1)),
+    "another size": plan(lambda b: b["sizes"][FFN].update(out_features=7)),
+    "a tensor less": plan(lambda b: b["tensors"].pop(f"{FFN}.bias")),
+    "a tensor more": plan(lambda b: b["tensors"].update({"x.y": b["tensors"][f"{FFN}.bias"]})),
+    "another shape": plan(lambda b: b["tensors"][f"{FFN}.bias"].update(shape=[3])),
+    "another dtype": plan(lambda b: b["tensors"][f"{FFN}.bias"].update(dtype="int8")),
+    "tied to nothing": plan(lambda b: b["tied"].update({f"{FFN}.bias": "nothing"})),
+    "another layout": plan(lambda b: b["layouts"].update({FFN: "other"})),
+    "a shape of a packed tensor": rewritten(
+        lambda b: next(iter(b["packed"].values())).update(shape=[1, 1])
+    ),
+    "a column out of range": restored(lambda t: t[f"{FFN}.col_indices"].fill_(10**6)),
+    "a negative column": restored(lambda t: t[f"{FFN}.col_indices"].fill_(-1)),
+    "falling row pointers": restored(
+        lambda t: t[f"{FFN}.crow_indices"].copy_(t[f"{FFN}.crow_indices"].flip(0))
+    ),
+    "row pointers too far": restored(lambda t: t[f"{FFN}.crow_indices"][-1:].fill_(10**6)),
+    "a tensor lost": restored(lambda t: t.pop(f"{FFN}.bias")),
+    "a tensor turned": restored(lambda t: t.update({f"{FFN}.bias": t[f"{FFN}.bias"][:-1].clone()})),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    small, _ = converted("bert", "csr")
+    return mvpfx.save(small, tmp_path_factory.mktemp("store") / "m")
+
+
+@pytest.mark.parametrize("name", list(HOSTILE))
+def test_a_damaged_folder_is_refused(name: str, saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    for path in saved.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    mvpfx.load(folder)
+    HOSTILE[name](folder)
+    with pytest.raises(ValueError, match="cannot be loaded: ") as error:
+        mvpfx.load(folder)
+    assert str(error.value).endswith("Save the model again with mvpfx.save.")
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(HOSTILE) >= 40
