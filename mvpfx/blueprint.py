@@ -52,7 +52,7 @@ class Blueprint:
 
 def describe(model: nn.Module) -> tuple[Blueprint, dict[str, Tensor]]:
     """The blueprint of a model, and its tensors under the names they are stored by."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     stored: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     entries: dict[str, dict[str, Any]] = {}
@@ -103,7 +103,8 @@ def make_skeleton(blueprint: Blueprint) -> nn.Module:
         raise ValueError(f"transformers {transformers.__version__} has no model {blueprint.kind}")
     most = len(blueprint.tensors)
     for key, value in blueprint.config.items():
-        if "layers" in key and isinstance(value, int) and value > most:
+        counts = key.startswith("num_") and key.endswith("layers")
+        if counts and isinstance(value, int) and value > most:
             raise ValueError(f"{key} is {value}, and there are {most} tensors in all")
     try:
         with torch.device("meta"):
@@ -162,7 +163,8 @@ def _sizes(module: nn.Module) -> dict[str, int]:
 
 
 def _check_modules(model: nn.Module, blueprint: Blueprint) -> None:
-    own = {name: original_class(module).__name__ for name, module in model.named_modules()}
+    modules = model.named_modules(remove_duplicate=False)
+    own = {name: original_class(module).__name__ for name, module in modules}
     for name, kind in blueprint.modules.items():
         found = own.pop(name, None)
         if found is None:
@@ -232,5 +234,5 @@ def _set_sizes(module: nn.Module, name: str, sizes: Mapping[str, int]) -> None:
     weight: Any = module._parameters.get("weight")
     if isinstance(module, nn.Linear):
         expected = (module.out_features, module.in_features)
-        if weight is None or tuple(weight.shape) != expected:
+        if weight is not None and tuple(weight.shape) != expected:
             raise ValueError(f"{name} is a layer of {expected}, its weight is not")

@@ -19,6 +19,10 @@ from mvpfx.packing import pack, unpack
 from mvpfx.store import DESCRIPTION, TENSORS
 from tests.graphs import mlp, outputs, zero_
 from tests.models import build
+from tests.test_coverage import FAST
+from tests.test_exact import zero_units
+from tests.zoo import ZOO
+from tests.zoo.entry import output
 
 MODELS = ("bert", "gpt2", "llama", "vit")
 
@@ -47,6 +51,22 @@ def test_a_loaded_model_is_the_same_to_the_bit(name: str, lowering: str, tmp_pat
     assert mvpfx.explain(loaded) == mvpfx.explain(small)
     trains = {n: p.requires_grad for n, p in loaded.named_parameters()}
     assert trains == {n: p.requires_grad for n, p in small.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ZOO]
+)
+def test_every_model_of_the_zoo(name: str, tmp_path: Path) -> None:
+    entry = ZOO[name]
+    model, batch = entry.model().eval(), entry.batch(0)
+    before = copy.deepcopy(model)
+    zero_units(model, 0.5, whole=False)
+    small = mvpfx.convert(model, example_inputs=batch)
+    mvpfx.save(small, tmp_path / "m")
+    loaded = mvpfx.load(tmp_path / "m", None if entry.kind == "hf" else before)
+    with torch.no_grad():
+        expected, found = output(small(**batch)), output(loaded(**batch))
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
 
 
 def test_in_a_fresh_process(tmp_path: Path) -> None:
