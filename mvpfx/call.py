@@ -65,9 +65,10 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
         yield value
     elif id(value) not in seen:
         seen.add(id(value))
-        parts: Any = value if isinstance(value, (list, tuple)) else vars(value).values()
-        for part in parts:
-            if isinstance(part, (Tensor, list, tuple)) or is_cache(part) or is_cache_layer(part):
+        parts: Any = value if isinstance(value, (list, tuple, dict)) else vars(value)
+        for part in parts.values() if isinstance(parts, dict) else parts:
+            plain = isinstance(part, (Tensor, list, tuple, dict))
+            if plain or is_cache(part) or is_cache_layer(part):
                 yield from _tensors(part, seen)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import mvpfx
@@ -46,7 +46,13 @@ def test_a_few(seed: int, images: bool, density: float, granularity: str) -> Non
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None, suppress_health_check=QUIET, derandomize=True)
+@settings(
+    max_examples=1000,
+    deadline=None,
+    suppress_health_check=QUIET,
+    derandomize=True,
+    phases=(Phase.generate,),
+)
 @DRAWN
 def test_a_thousand(seed: int, images: bool, density: float, granularity: str) -> None:
     check(seed, images, density, granularity)

@@ -179,12 +179,12 @@ def _convolution(step: Step, can_fold: bool) -> Rule | None:
     given = list(step.values.values())
     if len(given) < 2 or not given[1].known.is_all:
         return None
-    groups = step.argument(7 if not transposed else 6, "groups", 1)
-    if not transposed:
-        groups = step.argument(6, "groups", 1)
-    x, out = given[0], step.outputs[0]
+    x, weight, out = given[0], given[1], step.outputs[0]
+    if len(x.shape) != len(weight.shape):
+        return None
+    groups = step.argument(6, "groups", 1)
     depthwise = groups > 1 and groups == x.shape[1] == out.shape[1]
-    if groups != 1 and not depthwise:
+    if groups != 1 and (transposed or not depthwise):
         return None
     padding = step.argument(4, "padding", 0)
     padded = transposed or (padding not in (0, "valid") and _nonzero(padding))
