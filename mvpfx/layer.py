@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from mvpfx.matmul import Matmul, find_matmuls, swaps
+from mvpfx.matmul import Matmul, find_matmuls
 from mvpfx.program import Program, full_name, parent_name
 from mvpfx.swap import original_class
 from mvpfx.transformers_types import is_conv1d
+from mvpfx.weights import parameter_names
 
 _WEIGHT_POSITION = {"linear": 1, "addmm": 2, "matmul": 1}
 """Kind -> the argument that must be the weight, for its output features to come last."""
@@ -32,8 +33,6 @@ class Layer:
     weight_name: str
     bias_name: str | None
     out_dim: int
-    obstacle: str | None
-    """Why its parameters may not change shape; None where they may."""
 
     @property
     def input(self) -> fx.Node:
@@ -61,12 +60,11 @@ class Layer:
 
 def find_layers(program: Program) -> dict[str, dict[fx.Node, Layer]]:
     """Return the linear layers of every graph by region and node."""
-    obstacle = find_obstacles(program)
     found: dict[str, dict[fx.Node, Layer]] = {}
     for region, graph in program.graphs.items():
         layers: dict[fx.Node, Layer] = {}
         for matmul in find_matmuls(graph, program.weight_shapes(region)):
-            layer = _layer(program, region, matmul, obstacle)
+            layer = _layer(program, region, matmul)
             if layer is not None:
                 layers[matmul.node] = layer
         found[region] = layers
@@ -75,11 +73,8 @@ def find_layers(program: Program) -> dict[str, dict[fx.Node, Layer]]:
 
 def tied_names(model: nn.Module) -> dict[str, str]:
     """Return parameter name -> another name of the same tensor, for all that have several."""
-    by_identity: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        by_identity.setdefault(id(parameter), []).append(name)
-    groups = [names for names in by_identity.values() if len(names) > 1]
-    return {name: names[names[0] == name] for names in groups for name in names}
+    known = parameter_names(model)
+    return {name: names[names[0] == name] for name, names in known.items() if len(names) > 1}
 
 
 def is_linear(module: nn.Module | None) -> bool:
@@ -120,9 +115,7 @@ def resize(node: fx.Node, dim: int, size: int) -> None:
         node.meta["val"] = value.new_empty(shape)
 
 
-def _layer(
-    program: Program, region: str, matmul: Matmul, find_obstacle: Callable[[str], str | None]
-) -> Layer | None:
+def _layer(program: Program, region: str, matmul: Matmul) -> Layer | None:
     position = _WEIGHT_POSITION.get(matmul.kind)
     place = 1 if matmul.kind == "addmm" else 0
     node, weight_name = matmul.node, full_name(region, matmul.weight.target)
@@ -138,13 +131,7 @@ def _layer(
     if given is not matmul.bias or set(node.kwargs) - {"bias"}:
         return None
     bias_name = full_name(region, matmul.bias.target) if matmul.bias is not None else None
-    names = [name for name in (weight_name, bias_name) if name is not None]
-    obstacle = next(filter(None, map(find_obstacle, names)), None)
-    if matmul.mask is not None:
-        obstacle = obstacle or f"{weight_name} is still masked"
-    if not all(swaps(link) and len(link.users) == 1 for link in matmul.chain):
-        obstacle = obstacle or f"{weight_name} is changed before the matmul"
-    return Layer(region, node, place, weight_name, bias_name, matmul.out_dim, obstacle)
+    return Layer(region, node, place, weight_name, bias_name, matmul.out_dim)
 
 
 def find_obstacles(program: Program) -> Callable[[str], str | None]:

@@ -192,10 +192,9 @@ def capture(
         CaptureError: with the reason, whatever went wrong while recording on fakes; the
             module's own forward then serves, and raises the error if it is one.
     """
-    kept = blank(*call)
     recording = _record(module, call, forward)
     graph = region.rewrite(module, region, recording.graph)
-    return Variant(module, recording, graph, kept)
+    return Variant(module, recording, graph, blank(*call))
 
 
 def capture_graph(module: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> fx.Graph:

@@ -8,7 +8,7 @@ views, splits, head counts. A dimension never becomes empty: one index stays.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import fx
@@ -22,7 +22,7 @@ from mvpfx.dims.remains import find_remains
 from mvpfx.dims.rewrite import make_writable, rewrite
 from mvpfx.layer import find_obstacles
 from mvpfx.pipeline import Decision, Pass
-from mvpfx.program import Program, full_name
+from mvpfx.program import Program, copy_graph, full_name
 
 CHANNELS = "remove dead channels"
 HEADS = "remove dead heads"
@@ -60,7 +60,12 @@ def shrink(program: Program, flow: Flow, multiple: int) -> None:
     """Write what may go into the program, less what the region's forward would not follow."""
     while flow.removes:
         arguments = _settled(flow, multiple)
-        trial = program.copy()
+        trial = replace(
+            program,
+            graphs={flow.region: copy_graph(program.graphs[flow.region])},
+            parameters=dict(program.parameters),
+            attributes=dict(program.attributes),
+        )
         rewrite(trial, flow, arguments)
         trial.attributes |= find_attributes(program, flow, arguments)
         difference = find_difference(trial, flow.region)

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mvpfx.dims.contraction import along
-from mvpfx.dims.rule import Step, alike
+from mvpfx.dims.rule import Step, alike, all_dims, stay
 from mvpfx.dims.value import Known, Value, any_slice, compact
 
 WIDTH = "heads share their width"
@@ -74,12 +73,9 @@ class Attention:
         yield from alike(by_head)
         yield from alike([(key, 1), (value, 1)])
         yield from self._group(step, query, key, value)
-        for tensor in (query, key, value, out, *weights, *others):
-            for dim in range(len(tensor.shape)):
-                if (tensor, dim) in by_head or (tensor in (key, value) and dim == 1):
-                    continue
-                if tensor.allow(dim, torch.zeros(1, dtype=torch.bool), WIDTH):
-                    yield tensor
+        heads_of = {*by_head, (key, 1), (value, 1)}
+        rest = all_dims(query, key, value, out, *weights, *others)
+        yield from stay((place for place in rest if place not in heads_of), WIDTH)
 
     def _group(self, step: Step, query: Value, key: Value, value: Value) -> Iterator[Value]:
         """Let groups go whole, and as many heads from each group that stays."""
@@ -130,6 +126,4 @@ class CacheUpdate:
         """Heads go from all or none."""
         for output, value in zip(step.outputs, step.inputs, strict=True):
             yield from alike([(output, 1), (value, 1)])
-            for tensor, dim in ((t, d) for t in (output, value) for d in (0, 2, 3)):
-                if tensor.allow(dim, torch.zeros(1, dtype=torch.bool), WIDTH):
-                    yield tensor
+            yield from stay(((t, dim) for t in (output, value) for dim in (0, 2, 3)), WIDTH)

@@ -54,13 +54,13 @@ class Contraction:
         """A factor is needed where a result is and the other factor is not zero."""
         x, y, bias = self.parts(step)
         (out,) = step.outputs
-        needed = out.needed
+        needed = moving = out.needed
         if self._averages(x):
             uniform, _ = self._uniform(y)
-            x.need(self._needed(needed & ~uniform, self.x, self.y, y, x))
-        else:
-            x.need(self._needed(needed, self.x, self.y, y, x))
-        y.need(self._needed(needed, self.y, self.x, x, y))
+            moving = needed & ~uniform
+        x.need(self._needed(moving, self.x, self.y, y, x))
+        if not y.known.is_all:  # what is constant is dead, needed or not
+            y.need(self._needed(needed, self.y, self.x, x, y))
         if bias is not None:
             bias.need(shrink_to(needed, bias.shape))
 
@@ -108,10 +108,9 @@ class Contraction:
     def folds(self, step: Step) -> tuple[Tensor, int] | None:
         """What constants that go add to the bias, float64 `[N]`, and how many; or None."""
         x, y, _ = self.parts(step)
-        letter = self.summed
-        if not self.can_fold or len(letter) != 1 or len(y.shape) != 2:
+        if not self._folds_into(y):
             return None
-        dim = self.x.index(letter)
+        letter, dim = self.summed, self.input_dim
         constant, value = uniform_constants(x, dim)
         taken = torch.where(x.removed[dim] & constant, value, 0.0)
         if not bool(taken.any()):
@@ -119,6 +118,10 @@ class Contraction:
         weight = y.known.value.double()
         added = weight @ taken if self.y.index(letter) == 1 else taken @ weight
         return added, int((taken != 0).sum())
+
+    def _folds_into(self, y: Value) -> bool:
+        """Whether constants of x can be multiplied by `y` once and for all, and added to a bias."""
+        return self.can_fold and len(y.shape) == 2 and y.known.is_all
 
     def _absorb(self, letter: str, x: Value, y: Value, out: Value) -> Iterator[Value]:
         """Take back what would be missing in a sum that is needed."""
@@ -129,13 +132,11 @@ class Contraction:
         zero = slices(x.known.zero, dim, size) | slices(y.known.zero, other, y.shape[other])
         allowed = unread | zero
         constant, _ = uniform_constants(x, dim)
-        if self.can_fold and len(y.shape) == 2 and y.known.is_all:
+        reason = "they are needed"
+        if self._folds_into(y):
             allowed = allowed | constant
-            reason = "they are needed"
         elif bool((constant & ~allowed & x.removed[dim]).any()):
             reason = "they are constant, not zero, and no bias can take them"
-        else:
-            reason = "they are needed"
         for value, place in ((x, dim), (y, other)):
             if value.allow(place, allowed, reason):
                 yield value

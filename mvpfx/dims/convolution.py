@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from mvpfx.dims.contraction import uniform_constants
-from mvpfx.dims.rule import Step, alike
+from mvpfx.dims.rule import Step, alike, all_dims, stay
 from mvpfx.dims.value import Known, Value, any_slice, shrink_to
-
-NONE = torch.zeros(1, dtype=torch.bool)
 
 
 @dataclass(frozen=True)
@@ -70,10 +68,8 @@ class Convolution:
         (out,) = step.outputs
         x, weight, bias = self.parts(step)
         rows, columns = (1, 0) if self.transposed else (0, 1)
-        for value in (x, out, weight):
-            for dim in range(2, len(value.shape)):
-                if value.allow(dim, NONE, f"{step.name} slides over them"):
-                    yield value
+        slid = ((v, dim) for v, dim in all_dims(x, out, weight) if dim >= 2)
+        yield from stay(slid, f"{step.name} slides over them")
         yield from alike([(x, 0), (out, 0)])
         outputs = [(out, 1), (weight, rows), *([(bias, 0)] if bias is not None else [])]
         if self.depthwise:
@@ -154,13 +150,10 @@ class Lookup:
         """Columns go with channels; rows stay."""
         (out,) = step.outputs
         table = self._table(step)
-        yield from alike([(table, 1), (out, len(out.shape) - 1)])
-        for value in (*step.inputs, out):
-            for dim in range(len(value.shape)):
-                if (value is table and dim == 1) or (value is out and dim == len(out.shape) - 1):
-                    continue
-                if value.allow(dim, NONE, "rows are chosen by the input"):
-                    yield value
+        columns = [(table, 1), (out, len(out.shape) - 1)]
+        yield from alike(columns)
+        rest = (place for place in all_dims(*step.inputs, out) if place not in columns)
+        yield from stay(rest, "rows are chosen by the input")
 
     def _table(self, step: Step) -> Value:
         return next(v for v in step.inputs if v.known.is_all and len(v.shape) == 2)

@@ -12,7 +12,7 @@ from torch import Tensor
 from mvpfx.dims.contraction import Contraction
 from mvpfx.dims.convolution import Convolution
 from mvpfx.dims.reading import Reading
-from mvpfx.dims.rule import Step
+from mvpfx.dims.rule import NONE, Step, all_dims
 from mvpfx.dims.value import Value
 
 UNREAD = "no node shows how it is used"
@@ -48,12 +48,10 @@ class Flow(Reading):
         """Take back all removals from what `steps` read and make."""
         touched: list[Step] = []
         for step in steps:
-            for value in (*step.inputs, *step.outputs):
-                for dim in range(len(value.shape)):
-                    if bool(value.removed[dim].any()):
-                        value.reasons[dim] = reason
-                    if value.allow(dim, torch.zeros(1, dtype=torch.bool), reason):
-                        touched += self.readers[id(value)]
+            for value, dim in all_dims(*step.inputs, *step.outputs):
+                if value.allow(dim, NONE, reason):
+                    value.reasons[dim] = reason  # whatever took back some of it before
+                    touched += self.readers[id(value)]
         self.settle(touched)
         self._keep_one()
 

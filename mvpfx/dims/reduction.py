@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mvpfx.dims.rule import Step, alike
+from mvpfx.dims.rule import Step, alike, all_dims, stay
 from mvpfx.dims.value import Known, Value, compact
 
 
@@ -61,18 +61,12 @@ class Reduction:
         """The other dimensions lose the same indices, these none."""
         (out,), (x, *others) = step.outputs, step.inputs
         reason = f"{step.name} computes over them"
-        for dim in self.dims:
-            places = [(x, dim)] if self.drops else [(x, dim), (out, dim)]
-            for value, place in places:
-                if value.allow(place, torch.zeros(1, dtype=torch.bool), reason):
-                    yield value
+        mixed = (x,) if self.drops else (x, out)
+        yield from stay(((value, dim) for dim in self.dims for value in mixed), reason)
         rest = [d for d in range(len(x.shape)) if d not in self.dims]
         for position, dim in enumerate(rest):
             yield from alike([(x, dim), (out, position if self.drops else dim)])
-        for other in others:
-            for dim in range(len(other.shape)):
-                if other.allow(dim, torch.zeros(1, dtype=torch.bool), reason):
-                    yield other
+        yield from stay(all_dims(*others), reason)
 
     def _out(self, tensor: Tensor) -> Tensor:
         return tensor.squeeze(self.dims) if self.drops else tensor

@@ -1,19 +1,23 @@
 """The protocol of rules: how facts pass through one kind of node.
 
-A rule answers four questions about a step: what its results are known to be, what of its inputs
-is needed, which removals its inputs and results agree on, and how the node reads after them.
+A rule answers three questions about a step: what its results are known to be, what of its inputs
+is needed, and which removals its inputs and results agree on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
 from mvpfx.dims.value import Value
+
+NONE = torch.zeros(1, dtype=torch.bool)
+"""Allows no index to go."""
 
 
 @dataclass(eq=False)
@@ -24,9 +28,9 @@ class Step:
         node: the node.
         name: what it computes, for people.
         module: what a call_module node calls.
-        inputs: the values it reads, in the order of `node.all_input_nodes`.
         outputs: the values it makes.
-        values: value of each input node.
+        values: value of each input node, in the order of `node.all_input_nodes`.
+        extra: what it reads besides: whole tuples, parameters of the module it calls.
         numbers: what each input node that is a number was in the recorded call.
         whole_groups: whether heads that share keys and values may only go together.
     """
@@ -112,10 +116,19 @@ class Opaque:
 
     def agree(self, step: Step) -> Iterator[Value]:
         """Nothing may go."""
-        for value in (*step.inputs, *step.outputs):
-            for dim in range(len(value.shape)):
-                if value.allow(dim, value.removed[dim].new_zeros(()), self.reason):
-                    yield value
+        yield from stay(all_dims(*step.inputs, *step.outputs), self.reason)
+
+
+def all_dims(*values: Value) -> Iterator[tuple[Value, int]]:
+    """Every dimension of some values."""
+    return ((value, dim) for value in values for dim in range(len(value.shape)))
+
+
+def stay(places: Iterable[tuple[Value, int]], reason: str) -> Iterator[Value]:
+    """Let nothing go from dimensions; yields the values that changed."""
+    for value, dim in places:
+        if value.allow(dim, NONE, reason):
+            yield value
 
 
 def alike(places: list[tuple[Value, int]]) -> Iterator[Value]:
