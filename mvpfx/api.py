@@ -12,7 +12,9 @@ from torch import fx, nn
 from mvpfx.adapters import adapted_model, is_adapter, without_adapters
 from mvpfx.comparison import compare_models
 from mvpfx.config import PruningConfig
+from mvpfx.coupled import COUPLED
 from mvpfx.distributed import check_whole
+from mvpfx.example import inputs_for_graphs
 from mvpfx.facts import SPARSE
 from mvpfx.mask import Mask
 from mvpfx.passes.capture import Capture
@@ -42,7 +44,7 @@ from mvpfx.state import (
 )
 from mvpfx.swap import drop_runtimes, original_class, restore, swap_ancestors, swap_class
 from mvpfx.transformers_types import is_pretrained
-from mvpfx.variant import resolve
+from mvpfx.variant import graph_module
 from mvpfx.weights import weight_owners
 
 
@@ -60,7 +62,9 @@ def prepare(
             it is the model inside; adapters are left alone.
         config: what to prune and how; `PruningConfig()` where it is None.
         example_inputs: one batch (a tensor, a tuple, or a dict of keyword arguments). Needed to
-            find functional matmuls on parameters before the optimizer is built.
+            find functional matmuls on parameters before the optimizer is built, and for what
+            graphs have to show: granularity "channel" and "hybrid". Language models of
+            transformers have inputs of their own for that.
 
     Returns:
         `model` itself.
@@ -78,6 +82,8 @@ def prepare(
             f"{kind} is prepared or converted already. Prepare a model once; to start again with "
             "another configuration, load the model anew."
         )
+    if config.couples and example_inputs is None:
+        example_inputs = inputs_for_graphs(model, COUPLED)
     passes = (
         Capture(example_inputs),
         FindSites(config),
@@ -204,7 +210,7 @@ def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
             variants = region.captured() if region is not None else []
             if variants:
                 found[name] = variants[-1].graph
-    return {name: _graph_module(model, name, graph) for name, graph in found.items()}
+    return {name: graph_module(model.get_submodule(name), graph) for name, graph in found.items()}
 
 
 def _install(model: nn.Module, program: Program, state: State, lazy: bool) -> None:
@@ -284,14 +290,3 @@ def _late_rule(state: State, site: Site) -> Rule | None:
             f'building them, or leave it alone: overrides={{"{site.name}": None}}.'
         )
     return rule
-
-
-def _graph_module(model: nn.Module, region: str, graph: fx.Graph) -> fx.GraphModule:
-    """A graph with what it reads, raw: attribute access on a prepared model would mask twice."""
-    module = model.get_submodule(region)
-    held: dict[str, Any] = {}
-    for node in graph.nodes:
-        if node.op in ("get_attr", "call_module"):
-            holder, key = resolve(module, node)
-            held[str(node.target)] = holder[key]
-    return fx.GraphModule(held, copy_graph(graph), original_class(module).__name__)

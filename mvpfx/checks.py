@@ -114,6 +114,26 @@ def check_scores_dtype(site: Site, scores: Tensor | None) -> None:
 
 
 @torch.no_grad()
+def check_finite(site: Site, values: Tensor, what: str) -> None:
+    """Make sure that what decides a mask is no NaN.
+
+    Args:
+        site: whose mask it is.
+        values: scores, or weights.
+        what: which of these, for the message.
+
+    Raises:
+        ValueError: if one is NaN; the message names the site.
+    """
+    count = count_nan(values)
+    if count:
+        raise ValueError(
+            f"{site.name} has {count} NaN among the {values.numel()} {what} that decide its "
+            "mask. Training has diverged: lower lr or score_lr, clip the gradients, "
+            "or go back to an earlier checkpoint."
+        )
+
+
 def count_nan(values: Tensor) -> int:
     """How many of `values` are NaN: one sum where none is. Fake tensors have none."""
     values = gathered(values)

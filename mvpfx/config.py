@@ -10,6 +10,7 @@ from typing import Any
 from mvpfx import criteria
 from mvpfx import granularity as granularities
 from mvpfx import saved_schedule as schedules
+from mvpfx.coupled import check_coupled
 from mvpfx.patterns import check_pattern, merge_overrides
 from mvpfx.rule import (
     DENSITY,
@@ -63,9 +64,12 @@ class PruningConfig:
         criterion: "movement", "soft_movement", "magnitude", "l0", "saliency", "ema_magnitude",
             "random", "platon" or "second_order"; each is a class in `mvpfx.criteria`.
         granularity: "element", "row", "column", the (rows, cols) of a block, "head" for what an
-            attention head has of a projection, or "N:M", such as "2:4", to keep N of each M weights
-            that are neighbours along the inputs. Heads are scored where their outputs are read,
-            which decides on the whole of them.
+            attention head has of a projection, "channel" for what a hidden channel has of all
+            weights that make and read it, "hybrid" for channels where there are any (the hidden
+            units of an FFN) and 32 x 32 blocks elsewhere, or "N:M", such as "2:4", to keep N of
+            each M weights that are neighbours along the inputs. Heads are scored where their
+            outputs are read, which decides on the whole of them; channels have one score for the
+            rows that make and the columns that read them.
         density: final fraction of units kept, above 0 and at most 1; N / M for "N:M".
         scope: "local" keeps that fraction of each weight, "global" of all weights together.
         score_init: "sensitivity" starts from the rank of what the loss would miss, measured in the
@@ -137,7 +141,7 @@ class PruningConfig:
             criteria.check_options(values["criterion"], values["criterion_options"])
             values["score_init"] = own_score_init(values["criterion"], values["score_init"])
             granularity = granularities.parse(values["granularity"])
-            if granularity.head and site.head is None and "granularity" not in change:
+            if not granularity.fits(site) and "granularity" not in change:
                 continue
             values["granularity"] = granularity.of(site)
             values["granularity"].check(site)
@@ -146,7 +150,15 @@ class PruningConfig:
                 check_ranked(values["criterion"], values["granularity"], site.name)
             rules[site.name] = Rule(**values)
         heads = {site.name: site.head for site in candidates if site.head is not None}
+        check_coupled(rules, candidates)
         return without_followers(rules, heads)
+
+    @property
+    def couples(self) -> bool:
+        """Whether any site may share its scores with others, which graphs have to show."""
+        changes = [change for change in self.overrides.values() if change is not None]
+        given = [self.granularity, *(c["granularity"] for c in changes if "granularity" in c)]
+        return any(granularities.parse(value).channel for value in given)
 
     def to_json(self) -> str:
         """The configuration as JSON text; `from_json` reads it back."""

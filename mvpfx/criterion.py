@@ -84,6 +84,8 @@ class Criterion(ABC):
     """In how many cuts the density falls where a configuration names no schedule, for criteria that
     `rank` and `make_up` at each; None: at each optimizer step.
     """
+    couples: ClassVar[bool] = True
+    """Whether one score can decide on units of several weights."""
     score_inits: ClassVar[tuple[str, ...]] = (MAGNITUDE, ZERO)
     """Words for first scores, where they are learned; the first is for configurations that name
     none.
@@ -125,7 +127,7 @@ class Criterion(ABC):
 
     def apply(self, mask: Mask, weight: Tensor) -> Tensor:
         """The weight the matmul sees, of the same shape and dtype: by default `W * M`."""
-        scores = mask.scores if self.stored == "parameter" else None
+        scores = mask.learned_scores() if self.stored == "parameter" else None
         site, factor = mask.site, mask.factor(weight)
         return apply_mask(weight, scores, factor, mask.granularity, site.out_dim, site.parts)
 

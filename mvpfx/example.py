@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mvpfx.swap import original_class
+from mvpfx.transformers_types import is_pretrained
 
 
 def run_example(model: nn.Module, example_inputs: Any) -> Any:
@@ -32,6 +33,24 @@ def run_example(model: nn.Module, example_inputs: Any) -> Any:
             f"Found {given}; needed what the model is called with: "
             "a tensor, a tuple of positional arguments, or a dict of keyword arguments."
         ) from error
+
+
+def inputs_for_graphs(model: nn.Module, why: str) -> Any:
+    """Inputs to capture graphs with where nobody gave any: what a transformers model has for that.
+
+    Args:
+        model: to be called.
+        why: what cannot be done without graphs, for the message.
+
+    Raises:
+        ValueError: the model has no such inputs.
+    """
+    if is_pretrained(model) and getattr(model, "main_input_name", "") == "input_ids":
+        return getattr(model, "dummy_inputs")  # noqa: B009  known to transformers alone
+    raise ValueError(
+        f"{original_class(model).__name__}: {why}, and that shows in graphs. Pass one batch to "
+        "mvpfx.prepare as example_inputs=."
+    )
 
 
 def describe(example_inputs: Any) -> str:

@@ -22,6 +22,8 @@ NAMED: dict[str, tuple[int | None, int | None]] = {
     "row": (1, None),
     "column": (None, 1),
 }
+HYBRID_BLOCK = 32
+"""Rows and columns of the blocks of "hybrid", as in the authors' runs."""
 _GROUP = re.compile("([0-9]+):([0-9]+)")
 
 
@@ -29,22 +31,33 @@ _GROUP = re.compile("([0-9]+):([0-9]+)")
 class Granularity:
     """A unit of `rows` outputs by `cols` inputs; None stands for the whole dimension.
 
-    With `head` it is what one attention head has of a projection, whose sizes are known where the
-    site is. With `group` (N, M) the units are single weights, of which N stay in each M that are
-    neighbours along the inputs: the axis that sparse tensor cores group along.
+    With `group` (N, M) the units are single weights, of which N stay in each M that are neighbours
+    along the inputs: the axis that sparse tensor cores group along. With `head` a unit is what one
+    attention head has of a projection, with `channel` what one hidden channel has of a weight: its
+    sizes are known where the site is, see `of`. Until then the sizes with `channel` are those of
+    blocks for sites without hidden channels, and None where there are to be no such blocks.
 
-    >>> parse((2, 3))
-    Granularity(rows=2, cols=3, group=None, head=False)
-    >>> parse("row")
-    Granularity(rows=1, cols=None, group=None, head=False)
-    >>> parse("2:4")
-    Granularity(rows=1, cols=1, group=(2, 4), head=False)
+    >>> (block := parse((2, 3))).rows, block.cols
+    (2, 3)
+    >>> (row := parse("row")).rows, row.cols
+    (1, None)
+    >>> parse("2:4").group, parse("head").head, parse("hybrid").channel
+    ((2, 4), True, True)
+
+    Attributes:
+        rows, cols: of a unit; None for the whole dimension.
+        group: (N, M), or None.
+        head: whether a unit belongs to a head.
+        channel: whether a unit belongs to a hidden channel.
+        copies: at how many places along the outputs a unit has `rows`, evenly spread.
     """
 
     rows: int | None = 1
     cols: int | None = 1
     group: tuple[int, int] | None = None
     head: bool = False
+    channel: bool = False
+    copies: int = 1
 
     def __str__(self) -> str:
         """As in a configuration: a name, or the sizes of a block.
@@ -52,8 +65,8 @@ class Granularity:
         >>> print(parse("element"), parse("row"), parse((32, 8)), parse("2:4"))
         element row 32 x 8 2:4
         """
-        if self.head:
-            return "head"
+        if self.head or self.channel:
+            return "head" if self.head else "channel"
         if self.group is not None:
             return "{}:{}".format(*self.group)
         names = {sizes: name for name, sizes in NAMED.items()}
@@ -61,11 +74,16 @@ class Granularity:
         return names.get(sizes) or " x ".join("all" if n is None else str(n) for n in sizes)
 
     def of(self, site: Site) -> Granularity:
-        """The same with the sizes that heads have at `site`.
+        """The same with the sizes that heads or channels have at `site`; of "hybrid" what fits it.
 
         Raises:
-            ValueError: if it is no projection of an attention.
+            ValueError: if it is no projection of an attention, or has no hidden channels.
         """
+        if self.channel and site.channel is not None:
+            unit = site.channel
+            return Granularity(unit.rows, unit.cols, channel=True, copies=unit.copies)
+        if self.channel:
+            return self._block_of(site)
         if not self.head:
             return self
         if site.head is None:
@@ -76,10 +94,35 @@ class Granularity:
             )
         return Granularity(site.head.rows, site.head.cols, head=True)
 
+    def fits(self, site: Site) -> bool:
+        """Whether `site` has heads or hidden channels, where these are asked for."""
+        if self.head:
+            return site.head is not None
+        return not self.channel or site.channel is not None or self.rows is not None
+
+    def _block_of(self, site: Site) -> Granularity:
+        """The blocks of a site without hidden channels: as they are, or the largest powers of two
+        below that tile it, and each of its heads.
+
+        Raises:
+            ValueError: if there are to be none.
+        """
+        if self.rows is None or self.cols is None:
+            raise ValueError(
+                f"{site.name} has no hidden channels: no graph shows another weight whose rows go "
+                "with its columns, or the other way round. Use another granularity there, such as "
+                f'"row", or leave the site out: overrides={{"{site.module_name or site.name}": '
+                "None}"
+            )
+        height, width = matrix_shape(site)
+        head_rows, head_cols = (site.head.rows, site.head.cols) if site.head else (None, None)
+        rows = math.gcd(self.rows, head_rows or height // site.parts)
+        return Granularity(rows, math.gcd(self.cols, head_cols or width))
+
     @property
     def is_element(self) -> bool:
         """Whether each weight has a score of its own."""
-        return self.rows == 1 and self.cols == 1
+        return self.rows == 1 and self.cols == 1 and self.copies == 1
 
     @property
     def density(self) -> float | None:
@@ -108,7 +151,7 @@ class Granularity:
     def block(self, site: Site) -> tuple[int, int]:
         """Size of one unit of `site`, as (outputs, inputs)."""
         height, width = matrix_shape(site)
-        return self.rows or height // site.parts, self.cols or width
+        return (self.rows or height // site.parts) * self.copies, self.cols or width
 
     def units_shape(self, site: Site) -> tuple[int, int]:
         """Number of units of `site` along (outputs, inputs)."""
@@ -158,8 +201,8 @@ class Granularity:
         if self.is_element:
             return matrix
         rows, cols = self.rows or matrix.shape[0] // parts, self.cols or matrix.shape[1]
-        blocks = matrix.unflatten(0, (-1, rows)).unflatten(2, (-1, cols))
-        return blocks.sum((1, 3))
+        blocks = matrix.unflatten(0, (self.copies, -1, rows)).unflatten(3, (-1, cols))
+        return blocks.sum((0, 2, 4))
 
     def expand(self, units: Tensor, height: int, width: int) -> Tensor:
         """Repeat each unit's value over its weights: `[r, c]` -> `[height, width]`.
@@ -168,9 +211,19 @@ class Granularity:
         """
         if self.is_element:
             return units
-        r, c = units.shape
-        blocks = units[:, None, :, None].expand(r, height // r, c, width // c)
-        return blocks.reshape(height, width)
+        (r, c), copies = units.shape, self.copies
+        blocks = units[None, :, None, :, None]
+        return blocks.expand(copies, r, height // (copies * r), c, width // c).reshape(
+            height, width
+        )
+
+
+PRESETS = {
+    "head": Granularity(None, None, head=True),
+    "channel": Granularity(None, None, channel=True),
+    "hybrid": Granularity(HYBRID_BLOCK, HYBRID_BLOCK, channel=True),
+}
+"""Names whose sizes depend on the site."""
 
 
 def parse(value: object) -> Granularity:
@@ -182,9 +235,9 @@ def parse(value: object) -> Granularity:
     """
     if isinstance(value, Granularity):
         return value
-    if value == "head":
-        return Granularity(None, None, head=True)
-    names = ", ".join(f'"{name}"' for name in (*NAMED, "head"))
+    if isinstance(value, str) and value in PRESETS:
+        return PRESETS[value]
+    names = ", ".join(f'"{name}"' for name in (*NAMED, *PRESETS))
     if isinstance(value, str):
         match = _GROUP.fullmatch(value)
         if match and 0 < int(match[1]) < int(match[2]):

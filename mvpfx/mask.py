@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from mvpfx.checks import check_scores_dtype, check_weight, count_nan
+from mvpfx.checks import check_finite, check_scores_dtype, check_weight
 from mvpfx.criteria import find
 from mvpfx.criterion import Criterion
-from mvpfx.distributed import gathered, is_sharded, version
-from mvpfx.granularity import from_matrix, matrix_shape, to_matrix
+from mvpfx.distributed import is_sharded, version
+from mvpfx.granularity import from_matrix, matrix_shape
 from mvpfx.mask_operator import traced_mask
 from mvpfx.mask_state import MaskState
 from mvpfx.ranking import Ranking
@@ -36,8 +36,10 @@ class Mask(MaskState):
         site: whose weight this is.
         weight: the parameter, with values.
         rule: how to prune it.
+        followers: masks of other weights, whose units of the same channels these scores decide on.
 
     Attributes:
+        leader: the mask that decides on these units; None where it is this one.
         scores: float32 `[r, c]` whatever the dtype of the weight; None where not stored.
         granularity: of the scores.
         ranking: the masks it competes with; by default itself alone.
@@ -52,16 +54,25 @@ class Mask(MaskState):
         ValueError: if it is on the meta device, holds NaN, or its units do not tile it.
     """
 
-    def __init__(self, site: Site, weight: nn.Parameter, rule: Rule) -> None:
-        super().__init__(weight)
+    leader: Mask | None = None
+
+    def __init__(
+        self, site: Site, weight: nn.Parameter, rule: Rule, followers: Sequence[Mask] = ()
+    ) -> None:
         check_weight(site, weight)
         rule.granularity.check(site)
-        self.site = site
+        super().__init__(site, weight, rule.granularity)
         self.rule = rule
-        self.granularity = rule.granularity
         self.ranking = Ranking([self])
+        self.followers = tuple(followers)
+        for follower in self.followers:
+            follower.__dict__["leader"] = self  # which belongs to a module of its own
         self._cache: tuple[Hashable, Tensor, Tensor] | None = None
         self.plan = None
+        self.make_scores()
+
+    def make_scores(self) -> None:
+        """Hold what the criterion stores, as it is at first."""
         with torch.no_grad(), torch.inference_mode(False):
             scores = self.criterion.initial(self)
         if scores is not None:
@@ -169,12 +180,6 @@ class Mask(MaskState):
         """
         return self.__dict__.get("_original", self)._current()[1]
 
-    @property
-    def units(self) -> int:
-        """Number of units, kept or not."""
-        rows, cols = self.granularity.units_shape(self.site)
-        return rows * cols
-
     def factor(self, weight: Tensor) -> Tensor | None:
         """What `weight` is multiplied by: the mask, or None where every weight stays.
 
@@ -198,23 +203,9 @@ class Mask(MaskState):
         kept = self.kept()
         return int(kept.sum()) / kept.numel()
 
-    def unit_weights(self) -> Tensor:
-        """What stands for each unit, float32 `[r, c]`, detached: the weight itself, without a copy
-        where it is float32, or the mean of `abs(W)` over a larger unit.
-        """
-        if self.granularity.is_element:
-            return self.matrix().float()
-        return self.magnitude()
-
-    def magnitude(self) -> Tensor:
-        """Mean `abs(W)` of each unit, float32 `[r, c]`, detached."""
-        rows, cols = self.granularity.block(self.site)
-        total = self.granularity.reduce(self.matrix().float().abs(), self.site.parts).contiguous()
-        return total if rows * cols == 1 else total.div_(rows * cols)
-
-    def matrix(self) -> Tensor:
-        """The weight as `[outputs, inputs]`, detached."""
-        return to_matrix(gathered(self._weight.detach()), self.site.out_dim, self.site.parts)
+    def learned_scores(self) -> Tensor | None:
+        """What the gradient of this weight's units goes to; None where nothing is stored."""
+        return self.scores
 
     def check_finite(self, values: Tensor) -> None:
         """Make sure that scores or weights are no NaN.
@@ -222,15 +213,7 @@ class Mask(MaskState):
         Raises:
             ValueError: if one is; the message names the site.
         """
-        count = count_nan(values)
-        if not count:
-            return
-        what = "weights" if self.scores is None else "scores"
-        raise ValueError(
-            f"{self.site.name} has {count} NaN among the {values.numel()} {what} that decide its "
-            "mask. Training has diverged: lower lr or score_lr, clip the gradients, "
-            "or go back to an earlier checkpoint."
-        )
+        check_finite(self.site, values, "weights" if self.scores is None else "scores")
 
     def forget(self) -> None:
         """Compute the mask anew at the next use.
@@ -238,7 +221,8 @@ class Mask(MaskState):
         Writing to scores or weights does this by itself, unless it is done through `.data` or into
         shards of FSDP by other than an optimizer or `load_state_dict`.
         """
-        self._cache = None
+        for mask in (self, *self.followers):
+            mask._cache = None
         self.ranking.forget()
 
     def train(self, mode: bool = True) -> Self:
@@ -254,8 +238,7 @@ class Mask(MaskState):
                 stored = self.stored()
                 if stored is not None:
                     self.check_finite(stored.detach())
-                kept = self.frozen_kept if self.frozen else self.criterion.kept(self)
-                assert kept is not None
+                kept = self.decide()
                 matrix = self.granularity.expand(kept, *matrix_shape(self.site))
                 site = self.site
                 mask = from_matrix(matrix, site.shape, site.out_dim, site.parts).contiguous()
@@ -264,6 +247,12 @@ class Mask(MaskState):
             self._cache = (key, kept, mask)
         return self._cache[1], self._cache[2]
 
+    def decide(self) -> Tensor:
+        """Which units stay, computed anew: bool `[r, c]`."""
+        if self.frozen and self.frozen_kept is not None:
+            return self.frozen_kept
+        return self.criterion.kept(self)
+
     def own_state(self) -> Hashable:
         """What this mask depends on, to be compared: changes where scores, weight or targets do."""
         if self.frozen and self.frozen_kept is not None:
@@ -271,7 +260,8 @@ class Mask(MaskState):
         source = self.source()
         if is_fake(source) or source.is_inference():
             return object()
-        return *version(source), self.density, self.threshold
+        followed = () if self.scores is not None else [version(f.weight) for f in self.followers]
+        return *version(source), *followed, self.density, self.threshold
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from mvpfx.distributed import is_sharded
+from mvpfx.distributed import gathered, is_sharded
+from mvpfx.granularity import Granularity, to_matrix
 from mvpfx.mask_operator import register_source
 from mvpfx.schedule import Rewind, Schedule
+from mvpfx.site import Site
 from mvpfx.torch_private import is_fake, untransformed
 
 
@@ -18,9 +21,12 @@ class MaskState(nn.Module):
     """Holds scores as its own, knows a weight that belongs to the model.
 
     Args:
+        site: whose weight it is.
         weight: the parameter.
+        granularity: of the scores.
 
     Attributes:
+        followers: masks of other weights, whose units of the same channels these scores decide on.
         scores: float32 `[r, c]` whatever the dtype of the weight; None where not stored.
         handle: by which compiled graphs find this very mask.
         frozen: whether `frozen_kept` says what stays, not the criterion.
@@ -33,8 +39,10 @@ class MaskState(nn.Module):
     remembered_weight: Tensor | None
     _weight: nn.Parameter
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, site: Site, weight: nn.Parameter, granularity: Granularity) -> None:
         super().__init__()
+        self.site, self.granularity = site, granularity
+        self.followers: tuple[MaskState, ...] = ()
         self.hold(weight)
         for name in ("scores", "frozen_kept", "remembered_weight"):
             self.register_buffer(name, None)
@@ -71,6 +79,35 @@ class MaskState(nn.Module):
             remembered.copy_(self._weight)
         else:
             self._weight.copy_(remembered)
+
+    @property
+    def units(self) -> int:
+        """Number of units, kept or not."""
+        rows, cols = self.granularity.units_shape(self.site)
+        return rows * cols
+
+    def matrix(self) -> Tensor:
+        """The weight as `[outputs, inputs]`, detached."""
+        return to_matrix(gathered(self._weight.detach()), self.site.out_dim, self.site.parts)
+
+    def unit_weights(self) -> Tensor:
+        """What stands for each unit, float32 `[r, c]`, detached: the weight itself, without a copy
+        where it is float32, or the mean of `abs(W)` over a larger unit.
+        """
+        if self.granularity.is_element:
+            return self.matrix().float()
+        return self.magnitude()
+
+    def magnitude(self) -> Tensor:
+        """Mean `abs(W)` of each unit, in all weights that it is in; float32 `[r, c]`, detached."""
+        total, size = self._absolute_sum(), math.prod(self.granularity.block(self.site))
+        for follower in self.followers:
+            total = total + follower._absolute_sum().view_as(total)
+            size += math.prod(follower.granularity.block(follower.site))
+        return total if size == 1 else total.div_(size)
+
+    def _absolute_sum(self) -> Tensor:
+        return self.granularity.reduce(self.matrix().float().abs(), self.site.parts).contiguous()
 
     def require_scores(self) -> Tensor:
         """The scores, where they are stored; a `DTensor` outside of a forward if sharded."""

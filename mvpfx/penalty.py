@@ -24,7 +24,7 @@ def penalty(model: nn.Module) -> Tensor:
     Returns:
         A float32 scalar on the model's device; 0 where no criterion has a penalty.
     """
-    masks = [mask for mask in masks_of(model) if mask.criterion.penalised]
+    masks = [m for m in masks_of(model) if m.leader is None and m.criterion.penalised]
     first = next(model.parameters(), None)
     total = torch.zeros((), device=first.device if first is not None else None)
     for mask in masks:

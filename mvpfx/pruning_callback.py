@@ -118,9 +118,10 @@ class PruningCallback(TrainerCallback, ExportableState):
 
     def figures(self, model: nn.Module) -> dict[str, float]:
         """What to log: the density counted over all sites, and the penalty where there is one."""
-        self.measured = density(masks_of(model))
+        masks = masks_of(model)
+        self.measured = density(mask for mask in masks if mask.leader is None)
         found = {} if self.measured is None else {"density": self.measured}
-        if any(mask.criterion.penalised for mask in masks_of(model)):
+        if any(mask.criterion.penalised for mask in masks):
             with torch.no_grad():
                 found["penalty"] = float(penalty(model))
         return found

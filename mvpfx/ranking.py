@@ -127,6 +127,8 @@ def rank_together(masks: Iterable[Mask]) -> list[Ranking]:
     """
     pools: dict[Hashable, list[Mask]] = {}
     for mask in masks:
+        if mask.leader is not None:
+            continue
         rule = mask.rule
         grouped = rule.granularity.group is not None
         together = rule.scope == "global" and mask.criterion.pooled and not grouped
@@ -136,5 +138,6 @@ def rank_together(masks: Iterable[Mask]) -> list[Ranking]:
     rankings = [Ranking(members) for members in pools.values()]
     for ranking in rankings:
         for mask in ranking.masks:
-            mask.ranking = ranking
+            for member in (mask, *mask.followers):
+                member.ranking = ranking
     return rankings

@@ -46,6 +46,7 @@ class SparsityScheduler:
         self.total_steps = as_count(total_steps, "total_steps")
         self.step_count = 0
         self._masks = masks_of(model)
+        self._leading = [mask for mask in self._masks if mask.leader is None]
         if not self._masks:
             raise ValueError(
                 f"{type(model).__name__} has no masks to schedule. "
@@ -58,12 +59,12 @@ class SparsityScheduler:
         warn_of_frozen_scores(model, self._masks)
         rank_together(self._masks)
         self._observing = [
-            m for m in self._masks if m.measures or m.criterion.observes != "nothing"
+            m for m in self._leading if m.measures or m.criterion.observes != "nothing"
         ]
-        self._cutting = [m for m in self._masks if m.measures or m.criterion.cuts is not None]
+        self._cutting = [m for m in self._leading if m.measures or m.criterion.cuts is not None]
         check_cuts(self._cutting, self.total_steps)
         warn_of_short_run(self._masks, self.total_steps)
-        self._steerings = steerings(self._masks, self.total_steps)
+        self._steerings = steerings(self._leading, self.total_steps)
         if self._observing or self._steerings:
             watch_steps(self)
         self._move()
@@ -77,7 +78,7 @@ class SparsityScheduler:
         """
         asked = [
             (mask.steered if mask.density is None else mask.density, mask.units)
-            for mask in self._masks
+            for mask in self._leading
         ]
         known = [(density, count) for density, count in asked if density is not None]
         units = sum(count for _, count in known)
@@ -96,7 +97,7 @@ class SparsityScheduler:
                 "not per batch, or build SparsityScheduler with as many total_steps as you take."
             )
         self.step_count += 1
-        for mask in self._masks:
+        for mask in self._leading:
             mask.criterion.advance(mask)
         cut(self._cutting, self._move)
         self._freeze()
@@ -142,7 +143,7 @@ class SparsityScheduler:
             raise ValueError(f"step_count {step_count} is past the end: total_steps={total_steps}.")
         self.step_count = step_count
         self._move()
-        for mask in self._masks:
+        for mask in self._leading:
             mask.frozen = self._is_frozen(mask)
             mask.forget()
         for steering, saved in zip(self._steerings, state.get("steering", ()), strict=True):
@@ -154,7 +155,7 @@ class SparsityScheduler:
 
     def _freeze(self) -> None:
         """Fix the masks whose schedule says so from this step on."""
-        new = [mask for mask in self._masks if not mask.frozen and self._is_frozen(mask)]
+        new = [mask for mask in self._leading if not mask.frozen and self._is_frozen(mask)]
         for mask, kept in [(mask, mask.kept().clone()) for mask in new]:
             mask.freeze(kept)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mvpfx.channel_unit import ChannelUnit
 from mvpfx.head_unit import HeadUnit
 
 
@@ -20,6 +21,8 @@ class Site:
         parts: number of matrices that the parameter stacks along its first dimension: the experts
             of a mixture. No unit crosses a part, and local scope ranks within each.
         head: what one attention head has of it; None where it is no projection of an attention.
+        channel: what one hidden channel has of it; None where no graph shows that other weights
+            make or read the same channels, or nobody has asked.
     """
 
     name: str
@@ -28,6 +31,7 @@ class Site:
     aliases: tuple[str, ...] = ()
     parts: int = 1
     head: HeadUnit | None = None
+    channel: ChannelUnit | None = None
 
     @property
     def module_name(self) -> str:

@@ -10,7 +10,9 @@ import torch
 from torch import fx, nn
 
 from mvpfx.call import Arguments
+from mvpfx.program import copy_graph
 from mvpfx.recording import SELF, CaptureError, Recording
+from mvpfx.swap import original_class
 from mvpfx.torch_private import (
     int_expression,
     print_expression,
@@ -171,3 +173,16 @@ def _generate(module: nn.Module, graph: fx.Graph) -> tuple[Callable[..., Any], l
     exec(code.src, namespace)
     forward = namespace["forward"]
     return (lambda *inputs: forward(None, *inputs)), slots
+
+
+def graph_module(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A region's graph with what it reads, to look at.
+
+    What it reads is raw: attribute access on a prepared module would mask weights twice.
+    """
+    held: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            holder, key = resolve(module, node)
+            held[str(node.target)] = holder[key]
+    return fx.GraphModule(held, copy_graph(graph), original_class(module).__name__)

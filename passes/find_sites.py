@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import fx
 
 from mvpfx.adapters import is_adapter
 from mvpfx.config import PruningConfig
+from mvpfx.dims.coupling import find_channel_units
 from mvpfx.facts import fact
 from mvpfx.mask import Mask
 from mvpfx.matmul import find_matmuls
@@ -26,6 +27,12 @@ COMPUTED = (
     "its weight is computed from other parameters (a parametrization, weight norm); to prune it "
     "make it a parameter first, with torch.nn.utils.parametrize.remove_parametrizations"
 )
+
+LACKING: dict[object, str] = {
+    "head": "attention whose number of heads is known",
+    "channel": "two weights of which one reads the hidden channels that the other makes",
+}
+"""Granularity -> what a model lacks where it leaves no site."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,9 @@ class FindSites(Pass):
                 "Needed: a linear or convolution layer, or example_inputs= that show a "
                 "functional matmul on a parameter."
             )
+        if self.config.couples:
+            units = find_channel_units(program, list(candidates.values()))
+            candidates = {n: replace(c, channel=units.get(n)) for n, c in candidates.items()}
         defaults = _defaults(program, candidates)
         _check_computed(program, self.config, candidates)
         program.rules = self.config.rules(list(candidates.values()), defaults)
@@ -72,29 +82,17 @@ class FindSites(Pass):
             yield Decision(name, "site", False, COMPUTED)
         for name in waiting if not candidates else ():
             yield Decision(name or kind, "site", False, "its weights are found at its first call")
-        if candidates and not program.rules and self.config.granularity == "head":
-            raise ValueError(
-                f"{kind} has no attention whose number of heads is known, so granularity "
-                '"head" leaves no site. Use another granularity, such as "row".'
-            )
         if candidates and not program.rules:
-            raise ValueError(
-                f"overrides leave no site in {kind}: {len(candidates)} weights feed a matmul. "
-                "Remove an override of None, or add a site with a dict, such as "
-                f'overrides={{"{next(iter(candidates))}": {{}}}}.'
-            )
+            raise ValueError(_without_sites(kind, self.config, list(candidates)))
         program.sites = {name: candidates[name] for name in candidates if name in program.rules}
         changes = merge_overrides(self.config.overrides, list(candidates.values()))
         for name in candidates:
             if name in program.rules:
                 yield Decision(name, "site", True, _rule_text(program, name))
             else:
-                yield Decision(
-                    name,
-                    "site",
-                    False,
-                    _reason(program, candidates[name], changes[name][0], defaults),
-                )
+                included, asked = changes[name][0], self.config.granularity
+                reason = _reason(program, candidates[name], included, defaults, asked)
+                yield Decision(name, "site", False, reason)
 
 
 @fact("sites")
@@ -142,11 +140,33 @@ def _defaults(program: Program, candidates: dict[str, Site]) -> list[str]:
     return inside or own
 
 
-def _reason(program: Program, site: Site, included: bool | None, defaults: list[str]) -> str:
+def _without_sites(kind: str, config: PruningConfig, candidates: list[str]) -> str:
+    """Why nothing is left to prune, and what to do."""
+    if config.granularity in LACKING:
+        return (
+            f"{kind} has no {LACKING[config.granularity]}, so granularity "
+            f'"{config.granularity}" leaves no site. Use another granularity, such as "row".'
+        )
+    return (
+        f"overrides leave no site in {kind}: {len(candidates)} weights feed a matmul. "
+        "Remove an override of None, or add a site with a dict, such as "
+        f'overrides={{"{candidates[0]}": {{}}}}.'
+    )
+
+
+def _reason(
+    program: Program,
+    site: Site,
+    included: bool | None,
+    defaults: list[str],
+    granularity: object,
+) -> str:
     """Why a candidate is no site; `included` is what overrides say of it."""
     if included is False:
         return "an override leaves it alone"
     if included or site.name in defaults:
+        if granularity == "channel":
+            return "no other weight makes or reads the same hidden channels"
         if site.head is None:
             return "it has no attention heads"
         return "its heads are scored where their outputs are read, and go as a whole"

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from mvpfx.coupled import groups
 from mvpfx.facts import fact, is_mask_node
+from mvpfx.following_mask import FollowingMask
 from mvpfx.mask import Mask
 from mvpfx.pipeline import Decision, Pass
 from mvpfx.program import Program, full_name, parent_name
@@ -38,13 +40,20 @@ class InsertMasks(Pass):
 
     def apply(self, program: Program) -> Iterator[Decision]:
         """Fill `program.modules` with masks and rewrite the graphs."""
-        for name, rule in program.rules.items():
-            site = program.sites[name]
-            if mask_of(program, name) is None:
-                weight = program.parameter(name)
-                assert isinstance(weight, nn.Parameter)
-                program.modules[mask_name(name)] = Mask(site, weight, rule)
-                yield Decision(name, "insert mask", True, "scores added")
+        new = {name: r for name, r in program.rules.items() if mask_of(program, name) is None}
+        leader_of: dict[str, str] = {}
+        made: dict[str, Mask] = {}
+        for leader, *followers in groups(new, program.sites.values()):
+            leader_of |= {site.name: leader.name for site in followers}
+        for name in sorted(new, key=lambda name: name not in leader_of):
+            followed = [made[other] for other, leader in leader_of.items() if leader == name]
+            made[name] = _make(program, name, name in leader_of, followed)
+        for name in new:
+            program.modules[mask_name(name)] = made[name]
+            added = "scores added"
+            if name in leader_of:
+                added = f"scored with {leader_of[name]}, channel by channel"
+            yield Decision(name, "insert mask", True, added)
         for region, graph in program.graphs.items():
             for read in list(unmasked(program, region, graph)):
                 _insert(graph, read, _target(program, region, str(read[0].target)))
@@ -57,6 +66,12 @@ def masked(program: Program) -> str | None:
         for weight, users in unmasked(program, region, graph):
             return f"{users[0].name} in region {region!r} reads {weight.target} without mask"
     return None
+
+
+def _make(program: Program, name: str, follows: bool, followers: list[Mask]) -> Mask:
+    weight, site, rule = program.parameter(name), program.sites[name], program.rules[name]
+    assert isinstance(weight, nn.Parameter)
+    return FollowingMask(site, weight, rule) if follows else Mask(site, weight, rule, followers)
 
 
 def mask_name(parameter_name: str) -> str:

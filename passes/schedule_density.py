@@ -36,6 +36,8 @@ class ScheduleDensity(Pass):
         for mask in masks:
             together = len(mask.ranking.masks)
             scope = f"ranked with {together - 1} other sites" if together > 1 else "ranked alone"
+            if mask.leader is not None:
+                scope = f"kept as in {mask.leader.site.name}"
             yield Decision(mask.site.name, "schedule", True, f"{self.schedule}, {scope}")
 
 
@@ -43,6 +45,6 @@ class ScheduleDensity(Pass):
 def scheduled(program: Program) -> str | None:
     """Every mask is ranked."""
     for module in program.modules.values():
-        if isinstance(module, Mask) and module not in module.ranking.masks:
+        if isinstance(module, Mask) and (module.leader or module) not in module.ranking.masks:
             return f"{module.site.name} is in no ranking"
     return None

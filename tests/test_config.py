@@ -64,7 +64,8 @@ HOW = 'To leave a weight alone, use overrides={"its name": None}.'
         (
             {"granularity": "rows"},
             ValueError,
-            'granularity "rows" is unknown. Use "element", "row", "column", "head", "N:M" with '
+            'granularity "rows" is unknown. Use "element", "row", "column", "head", '
+            '"channel", "hybrid", "N:M" with '
             'N below M, such as "2:4", or the (rows, cols) of a block, such as (32, 32).',
         ),
         (

@@ -26,13 +26,15 @@ def test_names_and_blocks_are_read() -> None:
         (
             "diagonal",
             ValueError,
-            'granularity "diagonal" is unknown. Use "element", "row", "column", "head", "N:M" with '
+            'granularity "diagonal" is unknown. Use "element", "row", "column", "head", '
+            '"channel", "hybrid", "N:M" with '
             'N below M, such as "2:4", or the (rows, cols) of a block, such as (32, 32).',
         ),
         (
             "4:4",
             ValueError,
-            'granularity "4:4" is unknown. Use "element", "row", "column", "head", "N:M" with '
+            'granularity "4:4" is unknown. Use "element", "row", "column", "head", '
+            '"channel", "hybrid", "N:M" with '
             'N below M, such as "2:4", or the (rows, cols) of a block, such as (32, 32).',
         ),
         (
@@ -43,25 +45,29 @@ def test_names_and_blocks_are_read() -> None:
         (
             (32,),
             TypeError,
-            'granularity must be "element", "row", "column", "head", "N:M", or the (rows, cols) of '
+            'granularity must be "element", "row", "column", "head", '
+            '"channel", "hybrid", "N:M", or the (rows, cols) of '
             "a block as two whole numbers; found (32,).",
         ),
         (
             (True, 4),
             TypeError,
-            'granularity must be "element", "row", "column", "head", "N:M", or the (rows, cols) of '
+            'granularity must be "element", "row", "column", "head", '
+            '"channel", "hybrid", "N:M", or the (rows, cols) of '
             "a block as two whole numbers; found (True, 4).",
         ),
         (
             (4.0, 4),
             TypeError,
-            'granularity must be "element", "row", "column", "head", "N:M", or the (rows, cols) of '
+            'granularity must be "element", "row", "column", "head", '
+            '"channel", "hybrid", "N:M", or the (rows, cols) of '
             "a block as two whole numbers; found (4.0, 4).",
         ),
         (
             7,
             TypeError,
-            'granularity must be "element", "row", "column", "head", "N:M", or the (rows, cols) of '
+            'granularity must be "element", "row", "column", "head", '
+            '"channel", "hybrid", "N:M", or the (rows, cols) of '
             "a block as two whole numbers; found 7.",
         ),
     ],

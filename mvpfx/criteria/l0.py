@@ -65,7 +65,9 @@ class L0(Criterion):
         return math.log(-LEAST / MOST)
 
     def apply(self, mask: Mask, weight: Tensor) -> Tensor:
-        """The weight times its gates."""
+        """The weight times its gates; one that makes channels leaves gating to what reads them."""
+        if mask.leader is not None and mask.granularity.cols is None:
+            return weight if mask.training else weight * mask.mask()
         scores = mask.require_scores()
         opened = gate(scores, torch.rand_like(scores)) if mask.training else gate(scores)
         if mask.frozen:

@@ -34,6 +34,7 @@ class SecondOrder(Criterion):
     observes = "weight"
     averages = ("fisher_scores",)
     cuts = 20
+    couples = False
     options: ClassVar[Mapping[str, Option]] = {
         "block": Option(50, least=1, whole=True),
         "damping": Option(1e-7, least=1e-12),
