@@ -10,12 +10,14 @@ from typing import Any
 from torch import fx, nn
 
 from mvpfx.adapters import adapted_model, is_adapter, without_adapters
+from mvpfx.budget import flop_costs, parameter_costs, within_budget
 from mvpfx.comparison import compare_models
 from mvpfx.config import PruningConfig
 from mvpfx.coupled import COUPLED
 from mvpfx.distributed import check_whole
-from mvpfx.example import inputs_for_graphs
+from mvpfx.example import own_inputs
 from mvpfx.facts import SPARSE
+from mvpfx.flops import count_flops
 from mvpfx.mask import Mask
 from mvpfx.passes.capture import Capture
 from mvpfx.passes.choose_storage import HOPELESS, ChooseStorage
@@ -26,12 +28,10 @@ from mvpfx.passes.lower_matmuls import LowerMatmuls
 from mvpfx.passes.propagate_layout import PropagateLayout
 from mvpfx.passes.schedule_density import ScheduleDensity
 from mvpfx.passes.shrink_dims import ShrinkDims
-from mvpfx.patterns import specificity
 from mvpfx.pipeline import Record, run
 from mvpfx.program import Program, copy_graph, full_name, parent_name
 from mvpfx.region import Region, captured, make_region, region_modules, region_of
 from mvpfx.report import make_report
-from mvpfx.rule import Rule
 from mvpfx.site import Site
 from mvpfx.state import (
     State,
@@ -39,10 +39,12 @@ from mvpfx.state import (
     detach_state,
     find_state,
     inner_model,
+    late_rule,
     state_of,
     unwrapped,
 )
 from mvpfx.swap import drop_runtimes, original_class, restore, swap_ancestors, swap_class
+from mvpfx.totals import measure_totals
 from mvpfx.transformers_types import is_pretrained
 from mvpfx.variant import graph_module
 from mvpfx.weights import weight_owners
@@ -82,8 +84,9 @@ def prepare(
             f"{kind} is prepared or converted already. Prepare a model once; to start again with "
             "another configuration, load the model anew."
         )
-    if config.couples and example_inputs is None:
-        example_inputs = inputs_for_graphs(model, COUPLED)
+    if example_inputs is None and config.couples:
+        example_inputs = own_inputs(model, COUPLED)
+    config = _with_density(model, config, example_inputs)
     passes = (
         Capture(example_inputs),
         FindSites(config),
@@ -102,6 +105,22 @@ def prepare(
     _install(model, program, state, lazy=example_inputs is None)
     state.graphs = {n: graph for n, graph in program.graphs.items() if n in state.regions}
     return whole
+
+
+def _with_density(model: nn.Module, config: PruningConfig, example_inputs: Any) -> PruningConfig:
+    """The configuration with a density in the place of a budget.
+
+    Raises:
+        ValueError: the budget cannot be kept, or there are no inputs to count FLOPs with.
+    """
+    if config.params is None and config.flops is None:
+        return config
+    program, _ = run((Capture(example_inputs), FindSites(config)), Program(model))
+    if config.params is not None:
+        return within_budget(config, program, parameter_costs(program))
+    if example_inputs is None:
+        example_inputs = own_inputs(model, "flops= is a fraction of the FLOPs of one call")
+    return within_budget(config, program, flop_costs(program, count_flops(model, example_inputs)))
 
 
 def convert(
@@ -157,6 +176,8 @@ def convert(
             (chosen, lowerings), small = others[name], versions[name]
     records = [*records, *shrinking, *lowerings]
     report = make_report(chosen, records, comparison, name)
+    report.before = measure_totals(source, example_inputs)
+    report.after = measure_totals(small, example_inputs)
     attach_state(small, State(records=records, report=report, graphs=chosen.graphs))
     return small
 
@@ -261,7 +282,7 @@ def rewrite_region(module: nn.Module, region: Region, graph: fx.Graph) -> fx.Gra
         if is_adapter(module, site.module_name):
             continue
         named = replace(site, name=full_name(region.name, site.name), aliases=())
-        rule = _late_rule(state, named)
+        rule = late_rule(state, named)
         state.seen |= names
         if rule is not None:
             program.sites[site.name], program.rules[site.name] = site, rule
@@ -276,17 +297,3 @@ def rewrite_region(module: nn.Module, region: Region, graph: fx.Graph) -> fx.Gra
     decisions = (decision for record in records for decision in record.decisions)
     state.late += [replace(d, site=full_name(region.name, d.site)) for d in decisions]
     return result.graphs[""]
-
-
-def _late_rule(state: State, site: Site) -> Rule | None:
-    """The rule of a site that no layer type told of, or None where it is to be left alone."""
-    assert state.config is not None
-    fitting = {p: c for p, c in state.config.overrides.items() if specificity(p, site) is not None}
-    rule = replace(state.config, overrides=fitting).rules([site], [site.name]).get(site.name)
-    if rule is not None and state.optimizer_built:
-        raise ValueError(
-            f"{site.name} feeds a matmul, but had no scores when the optimizer or scheduler was "
-            "built. Pass example_inputs= to mvpfx.prepare, call the prepared model once before "
-            f'building them, or leave it alone: overrides={{"{site.name}": None}}.'
-        )
-    return rule

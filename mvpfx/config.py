@@ -17,6 +17,7 @@ from mvpfx.rule import (
     RULE_FIELDS,
     Change,
     Rule,
+    check_budget,
     check_group_density,
     check_ranked,
     checked_field,
@@ -71,6 +72,10 @@ class PruningConfig:
             outputs are read, which decides on the whole of them; channels have one score for the
             rows that make and the columns that read them.
         density: final fraction of units kept, above 0 and at most 1; N / M for "N:M".
+        params: what is to be left of the model's parameters, above 0 and at most 1, in the place of
+            `density`, which follows when the model is prepared: the same for all sites whose
+            override names none.
+        flops: the same of the FLOPs of one call with the example inputs.
         scope: "local" keeps that fraction of each weight, "global" of all weights together.
         score_init: "sensitivity" starts from the rank of what the loss would miss, measured in the
             schedule's warm-up, which small data sets need; "magnitude" from the rank of `abs(W)`;
@@ -97,6 +102,8 @@ class PruningConfig:
     criterion: str = "movement"
     granularity: str | tuple[int, int] = "element"
     density: float = DENSITY
+    params: float | None = None
+    flops: float | None = None
     scope: str = "local"
     score_init: str | float | None = None
     schedule: Schedule = _UNSAID
@@ -108,6 +115,7 @@ class PruningConfig:
     def __post_init__(self) -> None:
         for name in RULE_FIELDS:
             object.__setattr__(self, name, checked_field(name, getattr(self, name)))
+        check_budget(self.params, self.flops, self.density, self.penalty_lambda)
         criteria.check_options(self.criterion, self.criterion_options)
         own_score_init(self.criterion, self.score_init)
         check_group_density(self.granularity, self.density, DENSITY)

@@ -35,12 +35,12 @@ def run_example(model: nn.Module, example_inputs: Any) -> Any:
         ) from error
 
 
-def inputs_for_graphs(model: nn.Module, why: str) -> Any:
-    """Inputs to capture graphs with where nobody gave any: what a transformers model has for that.
+def own_inputs(model: nn.Module, why: str) -> Any:
+    """Inputs to call a model with where nobody gave any: what a transformers model has for that.
 
     Args:
         model: to be called.
-        why: what cannot be done without graphs, for the message.
+        why: what cannot be done without, for the message.
 
     Raises:
         ValueError: the model has no such inputs.
@@ -48,8 +48,8 @@ def inputs_for_graphs(model: nn.Module, why: str) -> Any:
     if is_pretrained(model) and getattr(model, "main_input_name", "") == "input_ids":
         return getattr(model, "dummy_inputs")  # noqa: B009  known to transformers alone
     raise ValueError(
-        f"{original_class(model).__name__}: {why}, and that shows in graphs. Pass one batch to "
-        "mvpfx.prepare as example_inputs=."
+        f"{original_class(model).__name__}: {why}, which shows when it is called. Pass one batch "
+        "to mvpfx.prepare as example_inputs=."
     )
 
 

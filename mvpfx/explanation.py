@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from tabulate import tabulate
 from torch import nn
 
 from mvpfx.pipeline import Decision
 from mvpfx.region import NOT_CALLED, region_of
 from mvpfx.report import Report
 from mvpfx.state import State, inner_model, state_of
+from mvpfx.totals import Totals
+
+_TOTALS = {
+    "parameters": "parameters",
+    "nonzero": "nonzero parameters",
+    "tensor_bytes": "bytes",
+    "flops": "FLOPs",
+}
 
 
 def explain(model: nn.Module) -> str:
@@ -66,12 +75,26 @@ def _outcome(report: Report) -> list[str]:
     lines: list[str] = []
     if report.rows and all(r.bytes_after >= r.bytes_before for r in report.rows):
         lines.append("Nothing was gained: no site became smaller.")
+    if report.before is not None and report.after is not None:
+        lines.append(totals_table(report.before, report.after))
     if report.max_difference is not None:
         lines.append(f"Largest output difference, masked vs converted: {report.max_difference:.2e}")
     if report.latency_before_ms is not None and report.latency_after_ms is not None:
         before, after = report.latency_before_ms, report.latency_after_ms
         lines.append(f"Latency: {before:.2f} ms -> {after:.2f} ms ({before / after:.2f}x)")
     return lines
+
+
+def totals_table(before: Totals, after: Totals) -> str:
+    """Return a whole model before and after conversion as text."""
+    lines: list[list[str]] = []
+    for name, label in _TOTALS.items():
+        first, last = getattr(before, name), getattr(after, name)
+        if first and last is not None:
+            lines.append([label, f"{first:,}", f"{last:,}", f"{last / first:.4f}"])
+    headers = ["whole model", "before", "after", "ratio"]
+    align = ("left", "right", "right", "right")
+    return tabulate(lines, headers=headers, colalign=align, disable_numparse=True)
 
 
 def _count(number: int, noun: str) -> str:

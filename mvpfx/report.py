@@ -17,6 +17,7 @@ from mvpfx.scheduler import refresh_weights
 from mvpfx.site import Site
 from mvpfx.state import State, inner_model, state_of
 from mvpfx.storage import SparseLinear
+from mvpfx.totals import Totals
 
 _DENSE_GRANULARITY = "-"
 
@@ -65,6 +66,7 @@ class Report:
             example inputs; None where none were given.
         latency_before_ms, latency_after_ms: of the whole model on the example inputs; None where
             not measured.
+        before, after: what the whole model holds and computes, dense and converted.
     """
 
     records: list[Record] = field(default_factory=list[Record])
@@ -72,6 +74,8 @@ class Report:
     max_difference: float | None = None
     latency_before_ms: float | None = None
     latency_after_ms: float | None = None
+    before: Totals | None = None
+    after: Totals | None = None
 
     @property
     def decisions(self) -> list[Decision]:

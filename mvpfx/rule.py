@@ -96,6 +96,29 @@ def checked_field(name: str, value: Any) -> Any:
     return number
 
 
+def check_budget(
+    params: float | None, flops: float | None, density: float, penalty_lambda: float | None
+) -> None:
+    """Make sure that one thing at most says how far to prune.
+
+    Raises:
+        TypeError: if a budget is no number.
+        ValueError: if it is out of range, or something else says how far to prune.
+    """
+    budgets = {k: v for k, v in {"params": params, "flops": flops}.items() if v is not None}
+    for name, value in budgets.items():
+        if not 0 < as_number(value, name) <= 1:
+            raise ValueError(f"{name} must be above 0 and at most 1; found {value!r}.")
+    given = [f"{name}={value:g}" for name, value in budgets.items()]
+    given += [f"density={density:g}"] if density != DENSITY else []
+    given += [] if penalty_lambda is None else [f"penalty_lambda={penalty_lambda:g}"]
+    if budgets and len(given) > 1:
+        raise ValueError(
+            f"{' and '.join(given)} both say how far to prune. Use one of params, flops and "
+            "density, and no penalty_lambda with params or flops."
+        )
+
+
 def check_group_density(granularity: Any, density: float, unsaid: float | None = None) -> None:
     """Make sure that no density is asked for that "N:M" does not give."""
     given = granularities.parse(granularity).density

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
 from mvpfx.adapters import adapted_model, adds_to_inputs
+from mvpfx.patterns import specificity
 from mvpfx.site_names import refresh_names
 
 if TYPE_CHECKING:
     from mvpfx.config import PruningConfig
     from mvpfx.pipeline import Decision, Record
     from mvpfx.report import Report
+    from mvpfx.rule import Rule
     from mvpfx.site import Site
 
 _KEY = "_mvpfx_state"
@@ -146,3 +148,17 @@ def report_of(model: nn.Module) -> Report:
             f"{type(model).__name__} was not made by mvpfx.convert, so there is no report of it."
         )
     return state.report
+
+
+def late_rule(state: State, site: Site) -> Rule | None:
+    """The rule of a site that no layer type told of, or None where it is to be left alone."""
+    assert state.config is not None
+    fitting = {p: c for p, c in state.config.overrides.items() if specificity(p, site) is not None}
+    rule = replace(state.config, overrides=fitting).rules([site], [site.name]).get(site.name)
+    if rule is not None and state.optimizer_built:
+        raise ValueError(
+            f"{site.name} feeds a matmul, but had no scores when the optimizer or scheduler was "
+            "built. Pass example_inputs= to mvpfx.prepare, call the prepared model once before "
+            f'building them, or leave it alone: overrides={{"{site.name}": None}}.'
+        )
+    return rule

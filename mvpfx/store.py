@@ -22,6 +22,7 @@ from mvpfx.packing import VALUES, is_worth_it, lengthen, pack, shorten, unpack
 from mvpfx.pipeline import Decision, Record
 from mvpfx.report import Report, Row
 from mvpfx.state import State, attach_state, find_state
+from mvpfx.totals import Totals
 
 TENSORS = "model.safetensors"
 DESCRIPTION = "mvpfx_model.json"
@@ -122,6 +123,8 @@ def report_data(report: Report) -> dict[str, Any]:
         "max_difference": report.max_difference,
         "latency_before_ms": report.latency_before_ms,
         "latency_after_ms": report.latency_after_ms,
+        "before": report.before and asdict(report.before),
+        "after": report.after and asdict(report.after),
     }
 
 
@@ -137,6 +140,8 @@ def read_report(data: Mapping[str, Any]) -> Report:
         row.update({name: tuple(row[name]) for name in shapes})
     rows = [Row(**row) for row in listed]
     rest = {f.name: data[f.name] for f in fields(Report) if f.name not in ("records", "rows")}
+    for name in ("before", "after"):
+        rest[name] = None if rest[name] is None else Totals(**rest[name])
     return Report(records, rows, **rest)
 
 

@@ -162,7 +162,7 @@ def test_without_inputs() -> None:
     with raises(
         ValueError,
         'Sequential: granularity "channel" and "hybrid" score the hidden channels that weights '
-        "share, and that shows in graphs. Pass one batch to mvpfx.prepare as example_inputs=.",
+        "share, which shows when it is called. Pass one batch to mvpfx.prepare as example_inputs=.",
     ):
         mvpfx.prepare(nn.Sequential(nn.Linear(2, 2)), PruningConfig(granularity="hybrid"))
 

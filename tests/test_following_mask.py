@@ -127,7 +127,7 @@ def test_every_criterion(criterion: str) -> None:
     assert kept[0] == kept[1] == kept[2]
     if criteria.find(criterion).pooled:
         assert sum(kept[0]) == HIDDEN // 4
-    small = mvpfx.convert(model, example_inputs=X)
+    small: Any = mvpfx.convert(model, example_inputs=X)
     assert small.down.weight.shape == (4, max(1, sum(kept[0])))
     torch.testing.assert_close(small(X), model(X), rtol=1e-5, atol=1e-6)
 
@@ -245,5 +245,5 @@ def test_fused_halves_share_a_score() -> None:
     halves = model.both.weight_mask.mask().view(2, HIDDEN, 8)
     assert torch.equal(halves[0], halves[1])
     assert torch.equal(halves[0][:, 0], model.down.weight_mask.mask()[0])
-    small = mvpfx.convert(model, example_inputs=X)
+    small: Any = mvpfx.convert(model, example_inputs=X)
     assert small.both.weight.shape == (HIDDEN, 8)
