@@ -1,5 +1,6 @@
 """The benchmark of structured latency: what it zeroes, counts and bounds; a tiny run of it."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,24 @@ def test_what_is_stored_counts_however_it_is_stored() -> None:
     assert hybrid_latency.stored(reduced) == kept < hybrid_latency.stored(dense)
     assert all(isinstance(m, SparseLinear) for m in hybrid_latency.linears(sparse).values())
     assert hybrid_latency.stored(sparse) == hybrid_latency.stored(masked, nonzero=True)
+
+
+def test_a_converted_model_runs_what_the_dense_one_runs_and_nothing_else() -> None:
+    dense = hybrid_latency.dense_bert(TINY)
+    batch = {"input_ids": torch.zeros(1, 8, dtype=torch.long)}
+    masked = hybrid_latency.hybrid(dense, TINY, 0.25)
+    small = mvpfx.convert(masked, example_inputs=batch, lowering="dense")
+    assert _operations(small, batch) == _operations(dense, batch)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in small.modules())
+
+
+@torch.no_grad()
+def _operations(model: nn.Module, batch: dict[str, torch.Tensor]) -> Counter[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(**batch)
+    # With one head left a reshape finds its elements in order: a view takes the alias's place.
+    aliases = ("aten::view", "aten::_reshape_alias")
+    return Counter(event.name for event in profile.events() or () if event.name not in aliases)
 
 
 def test_linears_alone_are_the_models_own_each_called_once() -> None:
