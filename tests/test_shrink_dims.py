@@ -240,3 +240,21 @@ def test_a_constant_beside_padding_is_none(padding: int) -> None:
     assert_same(program, torch.randn(2, 3, 5, 5))
     folded = "2 x 3 x 3 x 3" if padding else "2 x 2 x 3 x 3, 1 constants folded into the bias"
     assert applied(decisions)[-1] == f"2.weight: 2 x 4 x 3 x 3 -> {folded}"
+
+
+def test_a_functional_convolution_without_bias_takes_no_constants() -> None:
+    def forward(m: Block, x: Tensor) -> Tensor:
+        return F.conv1d(torch.relu(F.conv1d(x, m.w1, m.b1)), m.w2)
+
+    model = Block(forward)
+    model.w1, model.w2 = nn.Parameter(torch.randn(8, 4, 1)), nn.Parameter(torch.randn(4, 8, 1))
+    zero_(model.w1[:3])
+    with torch.no_grad():
+        model.b1[:3] = torch.tensor([-1.0, 0.0, 2.0])
+    x = X.view(1, 4, 5)
+    program, decisions = apply(ShrinkDims(), program_of(model, x, sites=[]))
+    assert applied(decisions) == ["w1: 8 x 4 x 1 -> 6 x 4 x 1", "w2: 4 x 8 x 1 -> 4 x 6 x 1"]
+    assert declined(decisions) == [
+        "w1: 1 of 8 rows are zero, but they are constant, not zero, and no bias can take them"
+    ]
+    assert_same(program, x)
