@@ -1,18 +1,22 @@
-"""README's tables, made from the committed result files.
+"""README's tables and those of docs/, made from the committed result files.
 
-`python -m benchmarks.readme` writes them into README.md.
+`python -m benchmarks.readme` writes them into the pages. A table stands in the page that has its
+markers: to move it, move them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import accuracy, accuracy_table, coverage_table, results_file
+from benchmarks import accuracy, accuracy_table, coverage_table, results_file, structured_table
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 BEGIN = "<!-- results: made by python -m benchmarks.readme -->"
 END = "<!-- end of results -->"
 
@@ -59,28 +63,44 @@ def machine(result: dict[str, Any]) -> str:
     )
 
 
-def fill(readme: str, content: str, begin: str = BEGIN, end: str = END) -> str:
-    """`readme` with `content` between the markers."""
-    before, found_begin, rest = readme.partition(begin)
+def fill(page: str, content: str, begin: str = BEGIN, end: str = END) -> str:
+    """`page` with `content` between the markers."""
+    before, found_begin, rest = page.partition(begin)
     _, found_end, after = rest.partition(end)
     if not (found_begin and found_end):
-        raise ValueError(f"README.md lacks the markers {begin!r} and {end!r}. Put them back")
+        raise ValueError(f"a page lacks the markers {begin!r} and {end!r}. Put them back")
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 
-def render(readme: str, results: list[dict[str, Any]]) -> str:
-    """`readme` with all of its tables made anew."""
-    coverage = coverage_table.table(results)
-    studied = accuracy_table.table(list(accuracy.done(accuracy.RESULT).values()))
-    filled = fill(readme, table(results))
-    filled = fill(filled, studied, accuracy_table.BEGIN, accuracy_table.END)
-    return fill(filled, coverage, coverage_table.BEGIN, coverage_table.END)
+def studied(results: list[dict[str, Any]]) -> str:
+    """The table of the study of criteria, which has a result file of its own."""
+    return accuracy_table.table(list(accuracy.done(accuracy.RESULT).values()))
+
+
+TABLES: dict[tuple[str, str], Callable[[list[dict[str, Any]]], str]] = {
+    (BEGIN, END): table,
+    (accuracy_table.BEGIN, accuracy_table.END): studied,
+    (coverage_table.BEGIN, coverage_table.END): coverage_table.table,
+    (structured_table.LATENCY_BEGIN, structured_table.LATENCY_END): structured_table.latency,
+    (structured_table.PEERS_BEGIN, structured_table.PEERS_END): structured_table.peers,
+}
+"""Markers -> what makes the table between them."""
+
+
+def render(page: str, results: list[dict[str, Any]]) -> str:
+    """`page` with all of its tables made anew."""
+    for (begin, end), make in TABLES.items():
+        if begin in page or end in page:
+            page = fill(page, make(results), begin, end)
+    return page
 
 
 def main() -> None:
-    """Write the tables into README.md."""
-    text = README.read_text(encoding="utf-8")
-    README.write_text(render(text, results_file.read_all()), encoding="utf-8")
+    """Write the tables into the pages."""
+    results = results_file.read_all()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(render(text, results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -32,14 +32,20 @@ def test_the_two_commands_pin_versions() -> None:
     ]
 
 
-def test_the_results_are_those_of_the_result_files() -> None:
-    assert readme.render(README, results_file.read_all()) == README, (
-        "run python -m benchmarks.readme"
-    )
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_the_results_are_those_of_the_result_files(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert readme.render(text, results_file.read_all()) == text, "run python -m benchmarks.readme"
 
 
-def test_a_readme_without_markers_is_refused() -> None:
-    message = f"README.md lacks the markers {readme.BEGIN!r} and {readme.END!r}. Put them back"
+@pytest.mark.parametrize("begin", [begin for begin, _ in readme.TABLES])
+def test_each_table_stands_in_one_page(begin: str) -> None:
+    found = [page.name for page in readme.PAGES if begin in page.read_text(encoding="utf-8")]
+    assert len(found) == 1
+
+
+def test_a_page_without_markers_is_refused() -> None:
+    message = f"a page lacks the markers {readme.BEGIN!r} and {readme.END!r}. Put them back"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         readme.fill("# mvpfx\n", "")
 

@@ -222,3 +222,39 @@ def test_sizes_are_rounded_up_with_dead_channels(multiple: int, kept: int) -> No
 def test_a_multiple_is_a_whole_number() -> None:
     with pytest.raises(ValueError, match="multiple_of must be at least 1; found 0"):
         mvpfx.convert(mlp(nn.ReLU()), multiple_of=0)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_constant_beside_padding_is_none(padding: int) -> None:
+    torch.manual_seed(0)
+    second = nn.Conv2d(4, 2, 3, padding=padding, bias=False)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), second)
+    first = model.get_submodule("0")
+    zero_(first.get_parameter("weight")[:2])
+    with torch.no_grad():
+        first.get_parameter("bias")[:2] = torch.tensor([-1.0, 2.0])  # relu leaves 2.0
+    program, decisions = apply(ShrinkDims(), program_of(model, torch.randn(1, 3, 5, 5)))
+    reason = "they are constant, not zero, and padding puts zeros beside them"
+    kept = f"0.weight: 1 of 4 rows are zero, but {reason}"
+    assert declined(decisions) == ([kept] if padding else [])
+    assert_same(program, torch.randn(2, 3, 5, 5))
+    folded = "2 x 3 x 3 x 3" if padding else "2 x 2 x 3 x 3, 1 constants folded into the bias"
+    assert applied(decisions)[-1] == f"2.weight: 2 x 4 x 3 x 3 -> {folded}"
+
+
+def test_a_functional_convolution_without_bias_takes_no_constants() -> None:
+    def forward(m: Block, x: Tensor) -> Tensor:
+        return F.conv1d(torch.relu(F.conv1d(x, m.w1, m.b1)), m.w2)
+
+    model = Block(forward)
+    model.w1, model.w2 = nn.Parameter(torch.randn(8, 4, 1)), nn.Parameter(torch.randn(4, 8, 1))
+    zero_(model.w1[:3])
+    with torch.no_grad():
+        model.b1[:3] = torch.tensor([-1.0, 0.0, 2.0])
+    x = X.view(1, 4, 5)
+    program, decisions = apply(ShrinkDims(), program_of(model, x, sites=[]))
+    assert applied(decisions) == ["w1: 8 x 4 x 1 -> 6 x 4 x 1", "w2: 4 x 8 x 1 -> 4 x 6 x 1"]
+    assert declined(decisions) == [
+        "w1: 1 of 8 rows are zero, but they are constant, not zero, and no bias can take them"
+    ]
+    assert_same(program, x)

@@ -80,7 +80,7 @@ class Convolution:
         constant, value = self._foldable(x)
         unread = ~self._unfolded(weight, needed)
         allowed = unread | (constant & ((value == 0) | self.has_bias))
-        if x.allow(1, allowed, "they are needed"):
+        if x.allow(1, allowed, self._reason(x, allowed)):
             yield x
         yield from alike([(x, 1), (weight, columns)])
 
@@ -107,6 +107,14 @@ class Convolution:
         """Input, weight and bias."""
         x, weight, *bias = step.values.values()
         return x, weight, bias[0] if bias else None
+
+    def _reason(self, x: Value, allowed: Tensor) -> str:
+        """Why input channels stay that would go if it were for their producer."""
+        constant, value = uniform_constants(x, 1)
+        if not bool((constant & (value != 0) & ~allowed & x.removed[1]).any()):
+            return "they are needed"
+        why = "padding puts zeros beside them" if self.padded else "no bias can take them"
+        return f"they are constant, not zero, and {why}"
 
     def _foldable(self, x: Value) -> tuple[Tensor, Tensor]:
         constant, value = uniform_constants(x, 1)
