@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from mvpfx.config import PruningConfig
 from mvpfx.flops import Flops
-from mvpfx.patterns import merge_overrides
+from mvpfx.patterns import specificity
 from mvpfx.program import Program
 from mvpfx.site import Site
 from mvpfx.weights import layer_sites
@@ -75,11 +75,12 @@ def within_budget(config: PruningConfig, program: Program, costs: Costs) -> Prun
     budget = config.params if costs.what == "params" else config.flops
     assert budget is not None, "the configuration has a budget"
     _check_scope(program, costs)
-    changes = merge_overrides(config.overrides, list(program.sites.values()))
+    own = [p for p, change in config.overrides.items() if change and "density" in change]
     free = [
         name
         for name, rule in program.rules.items()
-        if "density" not in changes[name][1] and rule.granularity.group is None
+        if rule.granularity.group is None
+        and all(specificity(pattern, program.sites[name]) is None for pattern in own)
     ]
     fixed = {name: rule.density for name, rule in program.rules.items() if name not in free}
     falling = sum(costs.by_site[name] for name in free)
