@@ -104,9 +104,15 @@ class PruningTrainer(VerifiedTrainer):
         state = find_state(model)
         if state is None:
             return prepare(model, self.config)
+        kind = original_class(model).__name__
+        if state.report is not None:
+            raise ValueError(
+                f"{kind} was converted, and has no masks. Train it on with transformers.Trainer, "
+                "or prune the model that it was converted from."
+            )
         if self.config is not None and state.config != self.config:
             raise ValueError(
-                f"{original_class(model).__name__} was prepared with another configuration than "
+                f"{kind} was prepared with another configuration than "
                 "config=. Leave config out, or pass a model that is not prepared."
             )
         return model

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mvpfx.hf import PruningTrainer
 from mvpfx.storage import SparseLinear
 from tests.citizens import MODELS, STORAGES, citizen, labels, shapes
 from tests.graphs import outputs
+from tests.toy_masks import raises
 
 DTYPES = {torch.float64: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -106,6 +108,16 @@ def test_fine_tuning_reaches_all_that_is_left(name: str, lowering: str) -> None:
     assert shapes(small) == sizes
     for n, layer in sparse_layers(small).items():
         assert torch.equal(layer.dense() == 0, empty[n]), n  # all that is stored moved
+
+
+def test_the_pruning_trainer_says_that_there_is_nothing_to_prune() -> None:
+    _, small, _ = citizen("bert", "dense")
+    message = (
+        "BertForSequenceClassification was converted, and has no masks. Train it on with "
+        "transformers.Trainer, or prune the model that it was converted from."
+    )
+    with raises(ValueError, message):
+        PruningTrainer(small)
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
