@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ from torch import fx, nn
 from mvpfx.adapters import adapted_model, is_adapter, without_adapters
 from mvpfx.budget import flop_costs, parameter_costs, within_budget
 from mvpfx.comparison import compare_models
+from mvpfx.computed import duplicate
 from mvpfx.config import PruningConfig
 from mvpfx.coupled import COUPLED
 from mvpfx.distributed import check_whole
@@ -22,6 +22,7 @@ from mvpfx.mask import Mask
 from mvpfx.passes.capture import Capture
 from mvpfx.passes.choose_storage import HOPELESS, ChooseStorage
 from mvpfx.passes.find_sites import FindSites, graph_sites
+from mvpfx.passes.fold_computed import FoldComputed
 from mvpfx.passes.fold_masks import FoldMasks
 from mvpfx.passes.insert_masks import InsertMasks, mask_name
 from mvpfx.passes.lower_matmuls import LowerMatmuls
@@ -151,11 +152,11 @@ def convert(
     """
     shrink, choose, model = ShrinkDims(multiple_of), ChooseStorage(lowering), unwrapped(model)
     check_whole(model)
-    source = copy.deepcopy(model).eval()
+    source = duplicate(model).eval()
     drop_runtimes(source)
     state = find_state(model)
     known = captured(model, state.regions) if state and example_inputs is None else {}
-    folding = (Capture(example_inputs), FindSites(), InsertMasks(), FoldMasks())
+    folding = (FoldComputed(), Capture(example_inputs), FindSites(), InsertMasks(), FoldMasks())
     seen = Program(
         source,
         graphs={name: copy_graph(variant.graph) for name, variant in known.items()},
@@ -207,7 +208,7 @@ def _alternatives(chosen: Program, shrunk: Program) -> dict[str, tuple[Program, 
 
 def _plain(program: Program) -> nn.Module:
     """The model of a program, with its overlay written in and nothing of ours but the storages."""
-    model = copy.deepcopy(program.model)
+    model = duplicate(program.model)
     restore(model)
     detach_state(model)
     return program.build(model).eval()

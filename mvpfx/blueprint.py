@@ -98,9 +98,7 @@ def make_skeleton(blueprint: Blueprint) -> nn.Module:
             f"load a {blueprint.kind} as it was before it was pruned, model=..."
         )
     transformers = importlib.import_module("transformers")
-    kind: Any = getattr(transformers, blueprint.kind, None)
-    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
-        raise ValueError(f"transformers {transformers.__version__} has no model {blueprint.kind}")
+    kind = transformers_class(blueprint.kind)
     most = len(blueprint.tensors)
     for key, value in blueprint.config.items():
         counts = key.startswith("num_") and key.endswith("layers")
@@ -116,6 +114,19 @@ def make_skeleton(blueprint: Blueprint) -> nn.Module:
     except Exception as error:
         raise ValueError(f"{blueprint.kind} does not take its configuration: {error}") from error
     return model
+
+
+def transformers_class(name: str) -> Any:
+    """The model class of transformers that is called `name`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    transformers = importlib.import_module("transformers")
+    kind: Any = getattr(transformers, name, None)
+    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+        raise ValueError(f"transformers {transformers.__version__} has no model {name}")
+    return kind
 
 
 def fill(model: nn.Module, blueprint: Blueprint, stored: Mapping[str, Tensor]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""PruningTrainer: transformers' Trainer, pruning while it trains. Imports transformers."""
+"""What needs transformers: a Trainer that prunes while it trains, a loader of old pruned models."""
 
 # transformers annotates its Trainer in part only.
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false
@@ -17,13 +17,14 @@ from mvpfx.checks import as_number
 from mvpfx.config import PruningConfig
 from mvpfx.distillation import Distillation, distillation_loss
 from mvpfx.penalty import penalty
+from mvpfx.pruned_folder import load_pruned
 from mvpfx.pruning_callback import PruningCallback, separate_scores
 from mvpfx.scheduler import masks_of
 from mvpfx.state import find_state, mark_optimizer_built
 from mvpfx.swap import original_class
 from mvpfx.verified_trainer import VerifiedTrainer
 
-__all__ = ["PruningCallback", "PruningTrainer", "separate_scores"]
+__all__ = ["PruningCallback", "PruningTrainer", "load_pruned", "separate_scores"]
 
 
 class PruningTrainer(VerifiedTrainer):
@@ -103,9 +104,15 @@ class PruningTrainer(VerifiedTrainer):
         state = find_state(model)
         if state is None:
             return prepare(model, self.config)
+        kind = original_class(model).__name__
+        if state.report is not None:
+            raise ValueError(
+                f"{kind} was converted, and has no masks. Train it on with transformers.Trainer, "
+                "or prune the model that it was converted from."
+            )
         if self.config is not None and state.config != self.config:
             raise ValueError(
-                f"{original_class(model).__name__} was prepared with another configuration than "
+                f"{kind} was prepared with another configuration than "
                 "config=. Leave config out, or pass a model that is not prepared."
             )
         return model

@@ -144,6 +144,7 @@ def _texts(program: Program) -> dict[str, str]:
 def _overlay(program: Program) -> tuple[object, ...]:
     """What a pass can change besides graphs, comparable: tensors and modules by identity."""
     return (
+        id(program.model),
         {name: id(value) for name, value in program.parameters.items()},
         {name: id(module) for name, module in program.modules.items()},
         program.attributes,

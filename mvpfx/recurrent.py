@@ -39,4 +39,4 @@ def refresh_flat_weights(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             names: list[str] = cast("Any", module)._flat_weights_names
-            module.__dict__[FLAT] = [module._parameters.get(name) for name in names]
+            module.__dict__[FLAT] = [getattr(module, name, None) for name in names]

@@ -15,9 +15,10 @@ import math
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvpfx.sparse_matmul import TILE, multiply, multiply_tiled, to_dense, transposes
+from mvpfx.sparse_matmul import TILE, multiply, multiply_tiled, scatter_dense, to_dense, transposes
 
 Layout = Literal["feature_major", "token_major"]
 INDEX_DTYPE = torch.int32
@@ -170,6 +171,9 @@ class SparseLinear(nn.Module):
         # none of them looks, its kernel alone saves 10 microseconds a call.
         plain = type(x) is Tensor and not torch.compiler.is_compiling()
         if not plain or torch.is_grad_enabled():
+            if torch.onnx.is_in_onnx_export():  # which has no sparse matmul
+                weight = scatter_dense(*matrix, rows, features)
+                return F.linear(x, weight, bias)
             y = torch.ops.mvpfx.sparse_linear(*matrix, bias, flat.t().contiguous(), rows).t()
         elif len(flat) <= 2 * TILE or not x.is_cpu:
             y = multiply(*matrix, bias, transposes.of(x, flat), rows).t()

@@ -24,8 +24,9 @@ from mvpfx.transformers_types import base_model_name, is_pretrained, is_router
 from mvpfx.weights import computed_weights, layer_sites, parameter_names, weight_owners
 
 COMPUTED = (
-    "its weight is computed from other parameters (a parametrization, weight norm); to prune it "
-    "make it a parameter first, with torch.nn.utils.parametrize.remove_parametrizations"
+    "its weight is computed from other parameters (a parametrization, weight norm, "
+    "torch.nn.utils.prune); to prune it make it a parameter first, with "
+    "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
 )
 
 LACKING: dict[object, str] = {

@@ -12,6 +12,7 @@ from mvpfx.mask import Mask
 from mvpfx.passes.capture import Capture
 from mvpfx.passes.choose_storage import ChooseStorage
 from mvpfx.passes.find_sites import FindSites
+from mvpfx.passes.fold_computed import FoldComputed
 from mvpfx.passes.fold_masks import FoldMasks
 from mvpfx.passes.insert_masks import InsertMasks
 from mvpfx.passes.lower_matmuls import LowerMatmuls
@@ -26,6 +27,7 @@ from tests.models import ZOO, build
 CONFIG = mvpfx.PruningConfig(density=0.3, schedule=mvpfx.ConstantSchedule())
 PREPARE: list[Pass] = [FindSites(CONFIG), InsertMasks(), ScheduleDensity(CONFIG.schedule)]
 CONVERT: list[Pass] = [
+    FoldComputed(),
     FindSites(),
     InsertMasks(),
     FoldMasks(),

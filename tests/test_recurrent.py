@@ -121,8 +121,9 @@ def test_weights_move_with_the_module() -> None:
 def test_computed_weights_are_declined_with_the_reason() -> None:
     model = nn.Sequential(nn.Linear(4, 4), parametrizations.weight_norm(nn.Linear(4, 4)))
     reason = (
-        "its weight is computed from other parameters (a parametrization, weight norm); to prune "
-        "it make it a parameter first, with torch.nn.utils.parametrize.remove_parametrizations"
+        "its weight is computed from other parameters (a parametrization, weight norm, "
+        "torch.nn.utils.prune); to prune it make it a parameter first, with "
+        "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
     )
     message = (
         f'overrides name 1.weight ("1"), which is no site: {reason}. Take it out of overrides.'
