@@ -17,6 +17,7 @@ from mvpfx.checks import as_count
 from mvpfx.dims.attention import Attention
 from mvpfx.dims.flow import Flow, folds_of
 from mvpfx.dims.follow import find_attributes
+from mvpfx.dims.projected_attention import ProjectedAttention
 from mvpfx.dims.proof import find_difference
 from mvpfx.dims.remains import find_remains
 from mvpfx.dims.rewrite import make_writable, rewrite
@@ -107,9 +108,8 @@ def _block(
 def removals(flow: Flow) -> Iterator[Decision]:
     """One decision for each weight that became smaller, and for each attention."""
     folded: dict[str, int] = {}
-    for step, _, count in folds_of(flow):
-        for node in step.values:
-            folded[full_name(flow.region, node.target)] = count
+    for _, fold in folds_of(flow):
+        folded[fold.weight.name] = fold.count
     for name, value in flow.parameters.items():
         if value.kept_shape == value.shape or len(value.shape) < 2:
             continue
@@ -119,12 +119,16 @@ def removals(flow: Flow) -> Iterator[Decision]:
             reason += f", {folded[name]} constants folded into the bias"
         yield Decision(name, CHANNELS, True, reason)
     for step, rule in flow.steps:
-        out = step.outputs[0] if step.outputs else None
-        if isinstance(rule, Attention) and out is not None:
+        heads = kept = 0
+        if isinstance(rule, Attention):
+            out = step.outputs[0]
             heads, kept = out.shape[rule.out_heads], out.kept(rule.out_heads)
-            if heads != kept:
-                site = full_name(flow.region, step.node.meta.get("module", "")).rstrip(".")
-                reason = f"{heads} -> {kept} heads"
-                if len(step.outputs) > 1:
-                    reason += "; returned attention probabilities lose these heads too"
-                yield Decision(site, HEADS, True, reason)
+        elif isinstance(rule, ProjectedAttention):
+            heads, kept = rule.heads, rule.kept_heads
+        if heads != kept:
+            site = full_name(flow.region, step.node.meta.get("module", "")).rstrip(".")
+            returned = len(step.outputs) > 1 or step.node.kwargs.get("need_weights") is True
+            reason = f"{heads} -> {kept} heads"
+            if returned:
+                reason += "; returned attention probabilities lose these heads too"
+            yield Decision(site, HEADS, True, reason)

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from functools import cached_property
 
 import torch
-from torch import Tensor
 
-from mvpfx.dims.contraction import Contraction
+from mvpfx.dims.contraction import Contraction, Fold
 from mvpfx.dims.convolution import Convolution
+from mvpfx.dims.projected_attention import ProjectedAttention
 from mvpfx.dims.reading import Reading
 from mvpfx.dims.rule import NONE, Step, all_dims
 from mvpfx.dims.value import Value
@@ -129,10 +129,8 @@ class Flow(Reading):
         return list(found.values())
 
 
-def folds_of(flow: Flow) -> Iterator[tuple[Step, Tensor, int]]:
-    """The steps whose bias takes constants, what is added, and how many constants that was."""
+def folds_of(flow: Flow) -> Iterator[tuple[Step, Fold]]:
+    """The steps with a bias that takes constants, and what it takes."""
     for step, rule in flow.steps:
-        if isinstance(rule, (Contraction, Convolution)):
-            found = rule.folds(step)
-            if found is not None:
-                yield step, *found
+        if isinstance(rule, (Contraction, Convolution, ProjectedAttention)):
+            yield from ((step, fold) for fold in rule.folds(step))

@@ -9,7 +9,8 @@ from torch import Tensor
 from mvpfx.dims.contraction import Contraction
 from mvpfx.dims.convolution import Convolution
 from mvpfx.dims.flow import Flow
-from mvpfx.dims.rule import Opaque
+from mvpfx.dims.projected_attention import ProjectedAttention
+from mvpfx.dims.rule import Opaque, Step
 from mvpfx.dims.value import Value
 from mvpfx.program import Program
 from mvpfx.weights import layer_sites
@@ -44,8 +45,10 @@ def find_remains(program: Program, flows: list[Flow]) -> Iterator[tuple[str, str
 
 
 def _in_region(flow: Flow) -> Iterator[tuple[str, str]]:
-    """(weight, reason or nothing) for each weight of a linear layer or convolution."""
+    """(weight, reason or nothing) for each weight of a known matmul."""
     for step, rule in flow.steps:
+        if isinstance(rule, ProjectedAttention):
+            yield from _in_attention(step, rule)
         if not isinstance(rule, (Contraction, Convolution)):
             continue
         x, weight, _ = rule.parts(step)
@@ -61,6 +64,25 @@ def _in_region(flow: Flow) -> Iterator[tuple[str, str]]:
             for dim, word, other, place in places
         ]
         yield weight.name, "; ".join(filter(None, texts))
+
+
+def _in_attention(step: Step, rule: ProjectedAttention) -> Iterator[tuple[str, str]]:
+    """(weight, reason or nothing) for the weights to heads, and from them."""
+    why, out = rule.why(step), step.outputs[0]
+    for weight, name in rule.weights():
+        x = rule.values[name or "query"]
+        reasons = (weight.fixed[0] or why, _why(weight, 1, x, len(x.shape) - 1))
+        yield weight.name, _both(weight, reasons)
+    weight = rule.out_weight
+    reasons = (_why(weight, 0, out, len(out.shape) - 1), weight.fixed[1] or why)
+    yield weight.name, _both(weight, reasons)
+
+
+def _both(weight: Value, reasons: tuple[str, str]) -> str:
+    """What is left of the rows and columns of a weight `[out, in]`, and why."""
+    words = ((0, "rows", reasons[0]), (1, "columns", reasons[1]))
+    texts = [_text(_left(weight, dim), word, why) for dim, word, why in words]
+    return "; ".join(filter(None, texts))
 
 
 def _opaque_reads(flow: Flow) -> Iterator[tuple[str, Opaque]]:
