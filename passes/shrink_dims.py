@@ -15,10 +15,12 @@ from torch import fx
 
 from mvpfx.checks import as_count
 from mvpfx.dims.attention import Attention
+from mvpfx.dims.experts import align_experts
 from mvpfx.dims.flow import Flow, folds_of
 from mvpfx.dims.follow import find_attributes
 from mvpfx.dims.projected_attention import ProjectedAttention
 from mvpfx.dims.proof import find_difference
+from mvpfx.dims.reading import Reading
 from mvpfx.dims.remains import find_remains
 from mvpfx.dims.rewrite import make_writable, rewrite
 from mvpfx.layer import find_obstacles
@@ -27,6 +29,7 @@ from mvpfx.program import Program, copy_graph, full_name
 
 CHANNELS = "remove dead channels"
 HEADS = "remove dead heads"
+EXPERTS = "order units of experts"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class ShrinkDims(Pass):
     def apply(self, program: Program) -> Iterator[Decision]:
         """Shrink each region, then say what was left in it and why."""
         obstacle = find_obstacles(program)
+        for region in program.graphs:
+            for name, reason in align_experts(program, Reading(program, region, obstacle)):
+                yield Decision(name, EXPERTS, True, reason)
         flows = [Flow(program, region, obstacle) for region in program.graphs]
         for flow in flows:
             flow.solve()
