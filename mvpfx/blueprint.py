@@ -10,17 +10,22 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mvpfx.recurrent import refresh_flat_weights
+from mvpfx.reduced_attention import ReducedAttention
 from mvpfx.storage import INDEX_DTYPE, Layout, SparseLinear
 from mvpfx.swap import original_class
 from mvpfx.transformers_types import is_conv1d, is_pretrained
 
 SPARSE = SparseLinear.__name__
+REDUCED: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+    ReducedAttention.__name__: (nn.MultiheadAttention, ReducedAttention)
+}
+"""Classes that modules are given once some of what they hold is gone -> which they had, and get."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,15 @@ def transformers_class(name: str) -> Any:
     return kind
 
 
+def class_before(kind: str) -> str:
+    """The class that a module called `kind` had before anything of it went.
+
+    >>> class_before("ReducedAttention"), class_before("Linear")
+    ('MultiheadAttention', 'Linear')
+    """
+    return REDUCED[kind][0].__name__ if kind in REDUCED else kind
+
+
 def fill(model: nn.Module, blueprint: Blueprint, stored: Mapping[str, Tensor]) -> nn.Module:
     """Give a skeleton the sizes, sparse layers and tensors of a blueprint, in place.
 
@@ -182,7 +196,9 @@ def _check_modules(model: nn.Module, blueprint: Blueprint) -> None:
             raise ValueError(f"{blueprint.kind} has no module {name!r}, a {kind}")
         module = model.get_submodule(name)
         sparse = kind == SPARSE and (isinstance(module, nn.Linear) or is_conv1d(module))
-        if found != kind and not sparse:
+        if kind in REDUCED and original_class(module) is REDUCED[kind][0]:
+            module.__class__ = cast("Any", REDUCED[kind][1])
+        elif found != kind and not sparse:
             raise ValueError(f"{name} is a {found}, and a {kind} was saved")
     if own:
         raise ValueError(f"the module {next(iter(own))!r} of {blueprint.kind} was not saved")

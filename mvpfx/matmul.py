@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Size, Tensor, fx
 
-from mvpfx.matmul_table import LISTED_WEIGHTS, SEVERAL_WEIGHTS, SIGNATURES, Signature
+from mvpfx.matmul_table import ATTENTIONS, LISTED_WEIGHTS, SEVERAL_WEIGHTS, SIGNATURES, Signature
 from mvpfx.torch_private import size_hint
 
 ParameterShape = Callable[[str], "tuple[int, ...] | Size | None"]
@@ -111,7 +110,7 @@ def _operands(node: fx.Node, signature: Signature) -> dict[int, fx.Node]:
 
 def _several_uses(node: fx.Node, shape_of: ParameterShape) -> Iterator[Matmul]:
     """The weights of a call that multiplies by more than one: attention, a recurrent layer."""
-    kind = "attention" if node.target is F.multi_head_attention_forward else "recurrent"
+    kind = "attention" if node.target in ATTENTIONS else "recurrent"
     operands: list[Any] = []
     for position, name in SEVERAL_WEIGHTS.get(node.target, ()):
         given = 0 <= position < len(node.args)

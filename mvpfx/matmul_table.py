@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from mvpfx.reduced_attention import reduced_attention_forward
 from mvpfx.torch_private import grouped_mm, linear
 
 
@@ -80,14 +81,18 @@ SIGNATURES: dict[Any, Signature] = {
 }
 """Target of a call -> its operands."""
 
+ATTENTIONS = (F.multi_head_attention_forward, reduced_attention_forward)
+"""Functions that attend with weights of their own."""
+_ATTENTION = (
+    (5, "in_proj_weight"),
+    (11, "out_proj_weight"),
+    (-1, "q_proj_weight"),
+    (-1, "k_proj_weight"),
+    (-1, "v_proj_weight"),
+)
+
 SEVERAL_WEIGHTS: dict[Any, tuple[tuple[int, str], ...]] = {
-    F.multi_head_attention_forward: (
-        (5, "in_proj_weight"),
-        (11, "out_proj_weight"),
-        (-1, "q_proj_weight"),
-        (-1, "k_proj_weight"),
-        (-1, "v_proj_weight"),
-    ),
+    **dict.fromkeys(ATTENTIONS, _ATTENTION),
     **dict.fromkeys(
         (torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell),
         ((2, "w_ih"), (3, "w_hh")),

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mvpfx.blueprint import Blueprint, describe, fill, make_skeleton
+from mvpfx.blueprint import Blueprint, class_before, describe, fill, make_skeleton
 from mvpfx.manifest import digest_of, flush, measured, replacing
 from mvpfx.packing import VALUES, is_worth_it, lengthen, pack, shorten, unpack
 from mvpfx.pipeline import Decision, Record
@@ -98,8 +98,9 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         tensors = _unpack_all(_tensors(folder), body["packed"])
         _check_tensors(blueprint, tensors)
         loaded = make_skeleton(blueprint) if model is None else model
-        if type(loaded).__name__ != blueprint.kind:
-            raise ValueError(f"a {blueprint.kind} was saved, not a {type(loaded).__name__}")
+        found = type(loaded).__name__
+        if found not in (blueprint.kind, class_before(blueprint.kind)):
+            raise ValueError(f"a {blueprint.kind} was saved, not a {found}")
         fill(loaded, blueprint, tensors)
         report = read_report(body["report"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:

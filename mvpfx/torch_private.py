@@ -62,6 +62,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     ),
     "torch._functorch.pyfunctorch": ("temporarily_clear_interpreter_stack",),
     "torch.autograd.forward_ad": ("_current_level",),
+    "torch.nn.functional": ("_canonical_mask", "_none_or_dtype"),
     "torch.nn.modules.module": ("_has_any_global_hook",),
     "torch.utils.checkpoint": ("_checkpoint_without_reentrant_generator", "CheckpointFunction"),
     "torch.utils._python_dispatch": ("_disable_current_modes",),
@@ -87,6 +88,8 @@ CHECKPOINT_GENERATOR = "_checkpoint_without_reentrant_generator"
 set_grad_enabled = torch._C._set_grad_enabled
 linear = torch._C._nn.linear
 grouped_mm = torch._grouped_mm
+canonical_mask: Callable[..., Tensor | None] = torch.nn.functional._canonical_mask
+none_or_dtype: Callable[[Tensor | None], torch.dtype | None] = torch.nn.functional._none_or_dtype
 
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "Add": operator.add,

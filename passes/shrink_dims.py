@@ -15,9 +15,12 @@ from torch import fx
 
 from mvpfx.checks import as_count
 from mvpfx.dims.attention import Attention
+from mvpfx.dims.experts import align_experts
 from mvpfx.dims.flow import Flow, folds_of
 from mvpfx.dims.follow import find_attributes
+from mvpfx.dims.projected_attention import ProjectedAttention
 from mvpfx.dims.proof import find_difference
+from mvpfx.dims.reading import Reading
 from mvpfx.dims.remains import find_remains
 from mvpfx.dims.rewrite import make_writable, rewrite
 from mvpfx.layer import find_obstacles
@@ -26,6 +29,7 @@ from mvpfx.program import Program, copy_graph, full_name
 
 CHANNELS = "remove dead channels"
 HEADS = "remove dead heads"
+EXPERTS = "order units of experts"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,9 @@ class ShrinkDims(Pass):
     def apply(self, program: Program) -> Iterator[Decision]:
         """Shrink each region, then say what was left in it and why."""
         obstacle = find_obstacles(program)
+        for region in program.graphs:
+            for name, reason in align_experts(program, Reading(program, region, obstacle)):
+                yield Decision(name, EXPERTS, True, reason)
         flows = [Flow(program, region, obstacle) for region in program.graphs]
         for flow in flows:
             flow.solve()
@@ -107,9 +114,8 @@ def _block(
 def removals(flow: Flow) -> Iterator[Decision]:
     """One decision for each weight that became smaller, and for each attention."""
     folded: dict[str, int] = {}
-    for step, _, count in folds_of(flow):
-        for node in step.values:
-            folded[full_name(flow.region, node.target)] = count
+    for _, fold in folds_of(flow):
+        folded[fold.weight.name] = fold.count
     for name, value in flow.parameters.items():
         if value.kept_shape == value.shape or len(value.shape) < 2:
             continue
@@ -119,12 +125,16 @@ def removals(flow: Flow) -> Iterator[Decision]:
             reason += f", {folded[name]} constants folded into the bias"
         yield Decision(name, CHANNELS, True, reason)
     for step, rule in flow.steps:
-        out = step.outputs[0] if step.outputs else None
-        if isinstance(rule, Attention) and out is not None:
+        heads = kept = 0
+        if isinstance(rule, Attention):
+            out = step.outputs[0]
             heads, kept = out.shape[rule.out_heads], out.kept(rule.out_heads)
-            if heads != kept:
-                site = full_name(flow.region, step.node.meta.get("module", "")).rstrip(".")
-                reason = f"{heads} -> {kept} heads"
-                if len(step.outputs) > 1:
-                    reason += "; returned attention probabilities lose these heads too"
-                yield Decision(site, HEADS, True, reason)
+        elif isinstance(rule, ProjectedAttention):
+            heads, kept = rule.heads, rule.kept_heads
+        if heads != kept:
+            site = full_name(flow.region, step.node.meta.get("module", "")).rstrip(".")
+            returned = len(step.outputs) > 1 or step.node.kwargs.get("need_weights") is True
+            reason = f"{heads} -> {kept} heads"
+            if returned:
+                reason += "; returned attention probabilities lose these heads too"
+            yield Decision(site, HEADS, True, reason)

@@ -9,10 +9,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from mvpfx.dims.rule import Step, alike
 from mvpfx.dims.value import Known, Value, any_slice, compact, shrink_to, slices
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """Constants that go, and are added to a bias.
+
+    Attributes:
+        weight: that they were multiplied by.
+        bias: the node that reads the bias; None where one is to be made.
+        added: what is added, float64 `[N]`.
+        count: how many constants that was.
+    """
+
+    weight: Value
+    bias: fx.Node | None
+    added: Tensor
+    count: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,19 +122,19 @@ class Contraction:
         """The dimension of x that is summed."""
         return self.x.index(self.summed[0])
 
-    def folds(self, step: Step) -> tuple[Tensor, int] | None:
-        """What constants that go add to the bias, float64 `[N]`, and how many; or None."""
+    def folds(self, step: Step) -> Iterator[Fold]:
+        """What constants that go add to the bias."""
         x, y, _ = self.parts(step)
         if not self._folds_into(y):
-            return None
+            return
         letter, dim = self.summed, self.input_dim
         constant, value = uniform_constants(x, dim)
         taken = torch.where(x.removed[dim] & constant, value, 0.0)
         if not bool(taken.any()):
-            return None
+            return
         weight = y.known.value.double()
         added = weight @ taken if self.y.index(letter) == 1 else taken @ weight
-        return added, int((taken != 0).sum())
+        yield Fold(y, step.bias, added, int((taken != 0).sum()))
 
     def _folds_into(self, y: Value) -> bool:
         """Whether constants of x can be multiplied by `y` once and for all, and added to a bias."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mvpfx.dims.contraction import uniform_constants
+from mvpfx.dims.contraction import Fold, uniform_constants
 from mvpfx.dims.rule import Step, alike, all_dims, stay
 from mvpfx.dims.value import Known, Value, any_slice, shrink_to
 
@@ -94,14 +94,13 @@ class Convolution:
         """The dimension of input channels."""
         return 1
 
-    def folds(self, step: Step) -> tuple[Tensor, int] | None:
-        """What constants that go add to the bias, float64 `[O]`, and how many; or None."""
+    def folds(self, step: Step) -> Iterator[Fold]:
+        """What constants that go add to the bias."""
         x, weight, _ = self.parts(step)
         constant, value = self._foldable(x)
         taken = torch.where(x.removed[1] & constant, value, 0.0)
-        if self.depthwise or not bool(taken.any()):
-            return None
-        return self._summed(weight) @ taken, int((taken != 0).sum())
+        if not self.depthwise and bool(taken.any()):
+            yield Fold(weight, step.bias, self._summed(weight) @ taken, int((taken != 0).sum()))
 
     def parts(self, step: Step) -> tuple[Value, Value, Value | None]:
         """Input, weight and bias."""

@@ -15,6 +15,7 @@ from mvpfx.dims.operations import find_operation
 from mvpfx.dims.rearrangement import NAMES, Rearrangement
 from mvpfx.dims.reduction import Reduction
 from mvpfx.dims.rule import Opaque, Rule, Step
+from mvpfx.dims.stack import find_stack
 
 _ALONG_ONE = {"softmax": True, "log_softmax": False, "cumsum": False, "glu": False}
 _OVER_SOME = {"mean": True, "amax": True, "amin": True, "sum": False, "logsumexp": False}
@@ -64,7 +65,12 @@ def find_rule(step: Step, can_fold: bool) -> Rule:
         return _attention(step, 1) or opaque
     if step.name == "update" and _is_cache_update(step):
         return CacheUpdate()
-    found = _product(step, can_fold) or _convolution(step, can_fold) or _mixing(step)
+    found = (
+        find_stack(step)
+        or _product(step, can_fold)
+        or _convolution(step, can_fold)
+        or _mixing(step)
+    )
     if found is not None:
         return found
     if step.name in NAMES and moves_only(step):

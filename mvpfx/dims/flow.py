@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from functools import cached_property
 
 import torch
-from torch import Tensor
 
-from mvpfx.dims.contraction import Contraction
+from mvpfx.dims.contraction import Contraction, Fold
 from mvpfx.dims.convolution import Convolution
+from mvpfx.dims.projected_attention import ProjectedAttention
 from mvpfx.dims.reading import Reading
 from mvpfx.dims.rule import NONE, Step, all_dims
 from mvpfx.dims.value import Value
@@ -62,20 +63,29 @@ class Flow(Reading):
         """
         while True:
             uneven = [
-                (value, dim)
-                for value in self.parameters.values()
+                (value, dim, whole)
+                for value, whole in self._multiples(multiple)
                 for dim in range(len(value.shape))
-                if len(value.shape) > 1 and value.kept(dim) % multiple > 0
+                if len(value.shape) > 1 and value.kept(dim) % whole > 0
                 if value.kept(dim) < value.shape[dim]
             ]
             if not uneven:
                 return
-            value, dim = uneven[0]
-            lacking = multiple - value.kept(dim) % multiple
+            value, dim, whole = uneven[0]
+            lacking = whole - value.kept(dim) % whole
             going = value.removed[dim]
-            allowed = going & (going.cumsum(0) > lacking)
-            value.allow(dim, allowed, f"sizes are multiples of {multiple}")
+            # By halves: a unit of a fused gated layer stands in its weight twice.
+            allowed = going & (going.cumsum(0) > max(1, lacking // 2))
+            value.allow(dim, allowed, f"sizes are multiples of {whole}")
             self.settle(self.readers[id(value)])
+
+    def _multiples(self, multiple: int) -> Iterator[tuple[Value, int]]:
+        """Values whose sizes are multiples of something, and of what."""
+        for value in self.all_values():
+            asked = multiple if value.name in self.parameters else 1
+            whole = math.lcm(asked, value.multiple)
+            if whole > 1:
+                yield value, whole
 
     def _keep_one(self) -> None:
         """Let no dimension become empty."""
@@ -129,10 +139,8 @@ class Flow(Reading):
         return list(found.values())
 
 
-def folds_of(flow: Flow) -> Iterator[tuple[Step, Tensor, int]]:
-    """The steps whose bias takes constants, what is added, and how many constants that was."""
+def folds_of(flow: Flow) -> Iterator[tuple[Step, Fold]]:
+    """The steps with a bias that takes constants, and what it takes."""
     for step, rule in flow.steps:
-        if isinstance(rule, (Contraction, Convolution)):
-            found = rule.folds(step)
-            if found is not None:
-                yield step, *found
+        if isinstance(rule, (Contraction, Convolution, ProjectedAttention)):
+            yield from ((step, fold) for fold in rule.folds(step))

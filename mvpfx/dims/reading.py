@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from mvpfx.dims.find_rule import find_rule, name_of
+from mvpfx.dims.projected_attention import find_projected
 from mvpfx.dims.rearrangement import NAMES, sources
 from mvpfx.dims.rule import Opaque, Rule, Step, replaced
 from mvpfx.dims.value import Known, Value
+from mvpfx.matmul_table import ATTENTIONS
 from mvpfx.program import Program, full_name
 from mvpfx.swap import original_class
 from mvpfx.torch_private import size_hint
@@ -185,6 +187,9 @@ class Reading:
     def _rule(self, step: Step) -> Rule:
         if self._writes_shared(step):
             return Opaque(f"{step.name} changes a tensor that is read elsewhere")
+        if step.node.target in ATTENTIONS:
+            owner = full_name(self.region, step.node.meta.get("module", "")).rstrip(".")
+            return find_projected(step, self.program.module(owner), owner, self._can_fold(step))
         return find_rule(step, self._can_fold(step))
 
     def _writes_shared(self, step: Step) -> bool:
@@ -208,6 +213,8 @@ class Reading:
         names = [full_name(self.region, node.target) for node in read]
         if any(len(node.users) > 1 for node in read) or any(map(self.obstacle, names)):
             return False
+        if step.node.target in ATTENTIONS:
+            return True
         if len(step.inputs) == 3:
             return len(read) == 2
         owner = full_name(self.region, step.node.meta.get("module", ""))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from mvpfx.dims.contraction import Fold
 from mvpfx.dims.flow import Flow, folds_of
-from mvpfx.dims.literals import new_arguments
+from mvpfx.dims.literals import is_resized, new_arguments
+from mvpfx.dims.projected_attention import ProjectedAttention
 from mvpfx.dims.rule import Step, replaced
 from mvpfx.dims.value import Value
 from mvpfx.layer import resize
@@ -37,8 +39,8 @@ def make_writable(flow: Flow) -> dict[fx.Node, tuple[Any, ...]]:
 def rewrite(program: Program, flow: Flow, arguments: Mapping[fx.Node, tuple[Any, ...]]) -> None:
     """Write the removal into `program`: parameters and the graph of the region."""
     by_name = {node.name: node for node in program.graphs[flow.region].nodes}
-    for step, added, _ in folds_of(flow):
-        _fold(program, flow, step, by_name[step.node.name], added)
+    for step, fold in folds_of(flow):
+        _fold(program, flow, step, by_name[step.node.name], fold)
     for name, value in flow.parameters.items():
         if value.kept_shape != value.shape:
             tensor = program.parameter(name)
@@ -48,6 +50,9 @@ def rewrite(program: Program, flow: Flow, arguments: Mapping[fx.Node, tuple[Any,
     for node, new in arguments.items():
         target = by_name[node.name]
         target.args = replaced(new, lambda n: by_name[n.name])
+    for step, rule in flow.steps:
+        if isinstance(rule, ProjectedAttention) and is_resized(step):
+            rule.write(program, by_name[step.node.name])
     for node, value in _single_values(flow):
         for dim, size in enumerate(value.kept_shape):
             if size != value.shape[dim]:
@@ -60,11 +65,11 @@ def _single_values(flow: Flow) -> Iterator[tuple[fx.Node, Value]]:
             yield node, value
 
 
-def _fold(program: Program, flow: Flow, step: Step, node: fx.Node, added: Tensor) -> None:
+def _fold(program: Program, flow: Flow, step: Step, node: fx.Node, fold: Fold) -> None:
     """Add constants to a bias, before any of its entries go; make one where there is none."""
-    bias = step.bias
-    if bias is not None:
-        name = full_name(flow.region, bias.target)
+    added = fold.added
+    if fold.bias is not None:
+        name = full_name(flow.region, fold.bias.target)
         old = program.parameter(name)
         assert old is not None
         program.parameters[name] = (old.detach().double() + added.to(old.device)).to(old.dtype)

@@ -67,6 +67,7 @@ class Value:
         removed: for each dimension bool `[size]`: the indices that go.
         reasons: for each dimension, what kept an index that was dead.
         sums_to_one: the dimension along which elements sum to one, as after a softmax.
+        multiple: what its sizes stay multiples of, where a kernel needs that.
         follows: whether it loses what the values computed from it lose, as a parameter does.
     """
 
@@ -78,6 +79,7 @@ class Value:
     removed: list[Tensor] = field(default_factory=list[Tensor])
     reasons: list[str | None] = field(default_factory=list["str | None"])
     sums_to_one: int | None = None
+    multiple: int = 1
     follows: bool = False
 
     @classmethod
