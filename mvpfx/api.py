@@ -176,9 +176,8 @@ def convert(
         if name in others:
             (chosen, lowerings), small = others[name], versions[name]
     records = [*records, *shrinking, *lowerings]
-    report = make_report(chosen, records, comparison, name)
-    report.before = measure_totals(source, example_inputs)
-    report.after = measure_totals(small, example_inputs)
+    totals = [measure_totals(version, example_inputs) for version in (source, small)]
+    report = make_report(chosen, records, comparison, name, totals)
     attach_state(small, State(records=records, report=report, graphs=chosen.graphs))
     return small
 

@@ -84,7 +84,11 @@ class Report:
 
 
 def make_report(
-    program: Program, records: list[Record], comparison: Comparison | None, version: str
+    program: Program,
+    records: list[Record],
+    comparison: Comparison | None,
+    version: str,
+    totals: Sequence[Totals],
 ) -> Report:
     """Return the report of a converted model.
 
@@ -93,8 +97,10 @@ def make_report(
         records: of all passes.
         comparison: with the masked model, None where there were no example inputs.
         version: which of the compared versions was taken; "dense" is the one before.
+        totals: of the model before and after.
     """
     report = Report(records, make_rows(program))
+    report.before, report.after = totals
     if comparison is not None:
         report.max_difference = comparison.difference
         report.latency_before_ms = comparison.latency["dense"].median_ms
