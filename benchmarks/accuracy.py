@@ -99,6 +99,7 @@ def study(task: str) -> Iterator[Cell]:
     yield Cell(task, "movement", 0.10, teacher=True)
     for scope in ("local", "global"):
         yield Cell(task, "movement", 0.25, scope=scope, granularity="structured")
+    yield Cell(task, "movement", 0.25, granularity="hybrid")
 
 
 def run(cell: Cell, workload: Workload, teacher: Teacher | None) -> tuple[nn.Module, Any]:

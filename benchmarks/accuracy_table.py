@@ -10,7 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import accuracy
+from benchmarks import accuracy, presets
 from benchmarks.recipes.published import CRITERIA, TABLE_2
 
 BEGIN = "<!-- accuracy: made by python -m benchmarks.readme -->"
@@ -63,7 +63,7 @@ def otherwise(lines: list[dict[str, Any]]) -> str:
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for line in sorted((each for each in lines if not is_plain(each["cell"])), key=_dev):
         cell = line["cell"]
-        unit = "single weights" if cell["granularity"] == "element" else "heads and FFN channels"
+        unit = presets.WHAT[cell["granularity"]]
         taught = ", distilled" if cell["teacher"] else ""
         found[cell["task"], cell["method"], f"{cell['density']:.0%}", unit + taught] = line
     rows = [

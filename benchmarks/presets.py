@@ -8,7 +8,13 @@ from torch import nn
 
 import mvpfx
 
-GRANULARITIES = ("element", "structured")
+GRANULARITIES = ("element", "structured", "hybrid")
+WHAT = {
+    "element": "single weights",
+    "structured": "heads and FFN channels",
+    "hybrid": "FFN channels and attention blocks",
+}
+"""What is pruned, for tables."""
 ATTENTION_OUTPUTS = ("attention.output.dense", "attention.o_proj", "attention.out_lin")
 FFN_OUTPUTS = ("output.dense", "mlp.fc2", "ffn.lin2")
 
@@ -26,13 +32,15 @@ def pruning_config(
     Args:
         model: A Hugging Face encoder; "structured" looks up the names of its modules.
         density: Final fraction kept.
-        granularity: "element" or "structured".
+        granularity: "element", "structured", or "hybrid" as in `PruningConfig`.
         criterion: As in `PruningConfig`.
         constant: Stay at `density` from the first step, instead of the default schedule.
     """
     options: dict[str, Any] = {"schedule": mvpfx.ConstantSchedule()} if constant else {}
     if granularity == "structured":
         options["overrides"] = heads_and_channels(model)
+    else:
+        options["granularity"] = granularity
     return mvpfx.PruningConfig(criterion=criterion, density=density, **options)
 
 

@@ -12,7 +12,14 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import accuracy, accuracy_table, coverage_table, results_file, structured_table
+from benchmarks import (
+    accuracy,
+    accuracy_table,
+    coverage_table,
+    presets,
+    results_file,
+    structured_table,
+)
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -26,11 +33,10 @@ def row(result: dict[str, Any]) -> dict[str, str]:
     accuracy, size = result["test_accuracy"], result["file_bytes"]
     latency = {name: times["median"] for name, times in result["latency_ms"].items()}
     settings = result["settings"]
-    what = {"element": "single weights", "structured": "heads and FFN channels"}
     half = latency["dense"] / latency["converted_at_density_0.5"]
     return {
         "task": result["workload"],
-        "pruned": what[settings["granularity"]],
+        "pruned": presets.WHAT[settings["granularity"]],
         "remaining weights": f"{settings['density']:.0%}",
         "accuracy, dense": f"{accuracy['dense']:.3f}",
         "pruned and converted": f"{accuracy['converted']:.3f}",
