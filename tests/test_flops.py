@@ -67,7 +67,7 @@ def test_a_weight_that_is_used_twice() -> None:
 def test_sparse_weights_count_their_values(storage: str) -> None:
     model = nn.Sequential(nn.Linear(64, 64, bias=False))
     with torch.no_grad():
-        model[0].weight[32:] = 0
+        model.get_parameter("0.weight")[32:] = 0
     small = mvpfx.convert(
         nn.Sequential(model[0], nn.ReLU()), example_inputs=torch.ones(5, 64), lowering=storage
     )

@@ -39,8 +39,9 @@ class Gated(nn.Module):
 
 def prepared(model: nn.Module | None = None, **fields: Any) -> Any:
     """A model with channels, half of which stay unless `fields` say otherwise."""
-    config = {"granularity": "channel", "density": 0.5, "schedule": mvpfx.ConstantSchedule()}
-    config = mvpfx.PruningConfig(**(config | fields))
+    usual: dict[str, Any] = {"granularity": "channel", "density": 0.5}
+    usual["schedule"] = mvpfx.ConstantSchedule()
+    config = mvpfx.PruningConfig(**(usual | fields))
     return mvpfx.prepare(model or Gated(), config, example_inputs=X)
 
 
