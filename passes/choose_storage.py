@@ -186,7 +186,9 @@ def _obstacle(
     program: Program, site: Site, layers: list[Layer], tied: dict[str, str]
 ) -> str | None:
     """Say why a site cannot be a `SparseLinear`; None where it can."""
-    owner = program.module(site.module_name)
+    owner, weight = program.module(site.module_name), program.parameter(site.name)
+    if weight is not None and not weight.numel():
+        return "nothing of it is left"
     if len(site.shape) != 2:
         return f"a weight of {len(site.shape)} dimensions has no sparse storage"
     if site.name in tied:

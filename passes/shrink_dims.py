@@ -2,7 +2,8 @@
 
 A channel is dead where it is a constant (folded into the next bias), or where nothing needs it.
 Both the row that makes it and the column that reads it go, and what lies between follows: norms,
-views, splits, head counts. A dimension never becomes empty: one index stays.
+views, splits, head counts. A branch all of which is dead costs nothing: its hidden dimension
+becomes empty, where its forward runs that way; else one index stays.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def shrink(program: Program, flow: Flow, multiple: int) -> None:
             program.parameters, program.attributes = trial.parameters, trial.attributes
             program.graphs[flow.region] = trial.graphs[flow.region]
             return
-        _block(flow, arguments, *difference)
+        if not flow.keep_one(flow.all_values(), difference[0]):
+            _block(flow, arguments, *difference)
 
 
 def _settled(flow: Flow, multiple: int) -> dict[fx.Node, tuple[object, ...]]:

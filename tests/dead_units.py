@@ -15,7 +15,7 @@ def unexplained(small: nn.Module) -> list[str]:
     found: list[str] = []
     for name, module in small.named_modules():
         found += _in_stacks(name, module, said)
-        if not isinstance(module, KINDS):
+        if not isinstance(module, KINDS) or not module.weight.numel():
             continue
         live = (module.weight.detach() != 0).flatten(1)
         inputs = live.view(len(live), module.weight.shape[1], -1).any(dim=2).any(dim=0)

@@ -28,6 +28,7 @@ class RandomGraph(nn.Module):
         self.dim = 1 if images else 2
         self.layers = nn.ModuleList()
         self.operations: list[Operation] = []
+        self.dead: list[int] = []
         self.channels = [6]
         for _ in range(operations):
             self._add(self.draw.choice(IMAGE if images else TOKENS))
@@ -36,6 +37,8 @@ class RandomGraph(nn.Module):
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.normal_(0, 0.5)
+            for place in self.dead:
+                self.layers[place].get_parameter("weight").zero_()
 
     def example(self) -> Tensor:
         """An input."""
@@ -184,9 +187,39 @@ def _attention(graph: RandomGraph) -> Made:
     return run, 16
 
 
+def _torch_attention(graph: RandomGraph) -> Made:
+    """Attention of one value to another by torch's own layer, its heads two wide."""
+    place, other = graph.pick(), graph.pick()
+    width, inner = graph.channels[place], graph.channels[other]
+    if width % 2:
+        return None
+    options: Any = {} if width == inner else {"kdim": inner, "vdim": inner}
+    layer = nn.MultiheadAttention(width, width // 2, batch_first=True, **options)
+    index = graph.layer(layer)
+
+    def run(model: RandomGraph, values: list[Tensor]) -> Tensor:
+        x, y = values[place], values[other]
+        return model.layers[index](x, y, y, need_weights=False)[0]
+
+    return run, width
+
+
+def _dead_branch(graph: RandomGraph) -> Made:
+    """A residual branch whose last layer is all zeros."""
+    place = graph.pick()
+    width = graph.channels[place]
+    up, down = graph.layer(nn.Linear(width, 8)), graph.layer(nn.Linear(8, width))
+    graph.dead.append(down)
+    return (
+        lambda model, values: (
+            values[place] + model.layers[down](F.gelu(model.layers[up](values[place])))
+        )
+    ), width
+
+
 TOKENS = (
     _linear, _linear, _linear, _activation, _activation, _chosen, _residual, _norm, _split,
-    _concatenate, _shared, _gated_pair, _attention,
+    _concatenate, _shared, _gated_pair, _attention, _torch_attention, _dead_branch,
 )  # fmt: skip
 IMAGE = (
     _linear, _linear, _linear, _activation, _chosen, _residual, _norm, _norm, _split,

@@ -67,12 +67,14 @@ def test_a_bias_is_created_where_a_constant_needs_one() -> None:
     assert small.get_parameter("2.bias").requires_grad
 
 
-def test_one_channel_always_stays() -> None:
+def test_a_branch_that_is_dead_is_its_bias() -> None:
     model = mlp(nn.ReLU())
     zero_(linear(model, "0").weight)
-    program, _ = apply(ShrinkDims(), program_of(model, X))
+    program, decisions = apply(ShrinkDims(), program_of(model, X))
     small = assert_same(program, X)
-    assert linear(small, "0").weight.shape == (1, 4)
+    assert linear(small, "0").weight.shape == (0, 4)
+    assert linear(small, "2").weight.shape == (3, 0)
+    assert declined(decisions) == []
 
 
 class Block(nn.Module):

@@ -11,12 +11,18 @@ import torch
 
 from mvpfx.dims.contraction import Contraction, Fold
 from mvpfx.dims.convolution import Convolution
+from mvpfx.dims.elementwise import Elementwise
 from mvpfx.dims.projected_attention import ProjectedAttention
 from mvpfx.dims.reading import Reading
+from mvpfx.dims.rearrangement import Rearrangement
 from mvpfx.dims.rule import NONE, Step, all_dims
+from mvpfx.dims.stack import GroupedProduct
 from mvpfx.dims.value import Value
 
 UNREAD = "no node shows how it is used"
+ONE = "one always stays"
+_TAKE_NOTHING = (Contraction, Elementwise, Rearrangement, ProjectedAttention)
+"""Rules of nodes that may be left with dimensions of size 0; what is left is run as a proof."""
 
 
 class Flow(Reading):
@@ -33,7 +39,7 @@ class Flow(Reading):
                 value.fixed = [UNREAD] * len(value.shape)
             value.start()
         self.settle([step for step, _ in self.steps])
-        self._keep_one()
+        self.keep_one(self._never_empty(), ONE)
 
     @property
     def size(self) -> int:
@@ -54,7 +60,7 @@ class Flow(Reading):
                     value.reasons[dim] = reason  # whatever took back some of it before
                     touched += self.readers[id(value)]
         self.settle(touched)
-        self._keep_one()
+        self.keep_one(self._never_empty(), ONE)
 
     def round_up(self, multiple: int) -> None:
         """Keep some of what is dead, so that sizes of weights are multiples of `multiple`.
@@ -87,22 +93,28 @@ class Flow(Reading):
             if whole > 1:
                 yield value, whole
 
-    def _keep_one(self) -> None:
-        """Let no dimension become empty."""
+    def keep_one(self, values: list[Value], reason: str) -> bool:
+        """Let no dimension of some values become empty; whether any did."""
+        found = False
+        values = sorted(values, key=lambda value: value.follows)  # parameters keep no reasons
         while True:
-            empty = [
-                (value, dim)
-                for value in self.all_values()
-                for dim in range(len(value.shape))
-                if value.shape[dim] > 0 and value.kept(dim) == 0
-            ]
-            if not empty:
-                return
-            value, dim = empty[0]
-            first = torch.ones(value.shape[dim], dtype=torch.bool)
+            empty = next((value for value in values if value.empties), None)
+            if empty is None:
+                return found
+            found, dim = True, empty.empties[0]
+            first = torch.ones(empty.shape[dim], dtype=torch.bool)
             first[0] = False
-            value.allow(dim, first, "one always stays")
-            self.settle(self.readers[id(value)])
+            empty.allow(dim, first, reason)
+            self.settle(self.readers[id(empty)])
+
+    def _never_empty(self) -> list[Value]:
+        """What is read or made by nodes that are not known to compute without any element."""
+        return [
+            value
+            for step, rule in self.steps
+            if not isinstance(rule, _TAKE_NOTHING) or isinstance(rule, GroupedProduct)
+            for value in (*step.inputs, *step.outputs)
+        ]
 
     def settle(self, steps: list[Step]) -> None:
         """Let rules take back what does not fit until all agree."""

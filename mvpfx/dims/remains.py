@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from mvpfx.dims.contraction import Contraction
@@ -135,10 +136,14 @@ def _text(dead: Tensor, word: str, reason: str) -> str:
 
 def _left(weight: Value, dim: int) -> Tensor:
     """Which slices of a weight along `dim` stay, and are zero wherever it stays."""
+    if 0 in weight.kept_shape:
+        return torch.zeros(weight.shape[dim], dtype=torch.bool)
     value = weight.known.value.masked_fill(weight.elements(), 0)
     return zeros(value, dim) & ~weight.removed[dim]
 
 
 def zeros(value: Tensor, dim: int) -> Tensor:
     """Which slices along `dim` are all zero."""
+    if not value.numel():
+        return torch.zeros(value.shape[dim], dtype=torch.bool)
     return ~(value != 0).any(dim=[d for d in range(value.dim()) if d != dim])

@@ -33,7 +33,9 @@ def make_writable(flow: Flow) -> dict[fx.Node, tuple[Any, ...]]:
                 changed[step.node] = arguments
         if broken is None:
             return changed
-        flow.block([broken], UNWRITABLE.format(broken.name))
+        reason = UNWRITABLE.format(broken.name)
+        if not flow.keep_one([*broken.inputs, *broken.outputs], reason):
+            flow.block([broken], reason)
 
 
 def rewrite(program: Program, flow: Flow, arguments: Mapping[fx.Node, tuple[Any, ...]]) -> None:

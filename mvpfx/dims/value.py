@@ -133,6 +133,11 @@ class Value:
         return self.shape[dim] - int(self.removed[dim].sum())
 
     @property
+    def empties(self) -> list[int]:
+        """The dimensions that lose all they have."""
+        return [d for d, size in enumerate(self.shape) if size > 0 and self.kept(d) == 0]
+
+    @property
     def kept_shape(self) -> tuple[int, ...]:
         """All sizes after the removal."""
         return tuple(self.kept(dim) for dim in range(len(self.shape)))
