@@ -45,12 +45,26 @@ def own_inputs(model: nn.Module, why: str) -> Any:
     Raises:
         ValueError: the model has no such inputs.
     """
-    if is_pretrained(model) and getattr(model, "main_input_name", "") == "input_ids":
-        return getattr(model, "dummy_inputs")  # noqa: B009  known to transformers alone
-    raise ValueError(
-        f"{original_class(model).__name__}: {why}, which shows when it is called. Pass one batch "
-        "to mvpfx.prepare as example_inputs=."
-    )
+    found = _dummy_inputs(model) if is_pretrained(model) else None
+    if found is None:
+        raise ValueError(
+            f"{original_class(model).__name__}: {why}, which shows when it is called. Pass one "
+            "batch to mvpfx.prepare as example_inputs=."
+        )
+    return found
+
+
+def _dummy_inputs(model: nn.Module) -> dict[str, Tensor] | None:
+    """The token ids that transformers tries models with; None where this one needs other inputs."""
+    device = next(model.parameters()).device
+    own: dict[str, Tensor] = getattr(model, "dummy_inputs")  # noqa: B009  of transformers
+    inputs = {name: value.to(device) for name, value in own.items()}
+    with inference(model):
+        try:
+            run_example(model, inputs)
+        except ValueError:
+            return None
+    return inputs
 
 
 def describe(example_inputs: Any) -> str:

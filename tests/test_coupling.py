@@ -16,7 +16,7 @@ from mvpfx.config import PruningConfig
 from mvpfx.mask import Mask
 from tests.models import build
 from tests.toy_masks import raises
-from tests.training import half
+from tests.training import half, masks_of
 from tests.zoo import ZOO
 
 BATCH = torch.arange(24.0).view(3, 8) / 24
@@ -165,6 +165,24 @@ def test_without_inputs() -> None:
         "share, which shows when it is called. Pass one batch to mvpfx.prepare as example_inputs=.",
     ):
         mvpfx.prepare(nn.Sequential(nn.Linear(2, 2)), PruningConfig(granularity="hybrid"))
+
+
+@pytest.mark.parametrize("name", ["ViT", "CLIP"])
+def test_models_that_take_no_token_ids_alone(name: str) -> None:
+    model: Any = ZOO[name].model()
+    with raises(
+        ValueError,
+        f'{type(model).__name__}: granularity "channel" and "hybrid" score the hidden channels '
+        "that weights share, which shows when it is called. Pass one batch to mvpfx.prepare as "
+        "example_inputs=.",
+    ):
+        mvpfx.prepare(model, PruningConfig(granularity="hybrid"))
+
+
+@pytest.mark.parametrize("name", ["Llama", "T5", "Qwen2.5-VL"])
+def test_language_models_have_inputs_of_their_own(name: str) -> None:
+    model = mvpfx.prepare(ZOO[name].model(), half(granularity="hybrid"))
+    assert any(mask.leader is not None for mask in masks_of(model))
 
 
 def test_nothing_to_couple() -> None:
