@@ -35,6 +35,7 @@ from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
     StatelessSymbolicContext,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as modes_off
 from torch.utils._sympy import functions as symbolic
 from torch.utils._sympy.printers import PythonPrinter
@@ -65,7 +66,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "torch.nn.functional": ("_canonical_mask", "_none_or_dtype"),
     "torch.nn.modules.module": ("_has_any_global_hook",),
     "torch.utils.checkpoint": ("_checkpoint_without_reentrant_generator", "CheckpointFunction"),
-    "torch.utils._python_dispatch": ("_disable_current_modes",),
+    "torch.utils._python_dispatch": ("TorchDispatchMode", "_disable_current_modes"),
     "torch.overrides": ("TorchFunctionMode", "is_tensor_method_or_property"),
 }
 
@@ -74,6 +75,7 @@ __all__ = [
     "GuardOnDataDependentSymNode",
     "Symbol",
     "SymbolicShapes",
+    "TorchDispatchMode",
     "expression_operator",
     "is_fake",
     "modes_off",

@@ -209,8 +209,9 @@ def test_round_trips(config: PruningConfig) -> None:
         (
             '{"amount": 0.5}',
             ValueError,
-            "a configuration has no field 'amount'. It has criterion, granularity, density, scope, "
-            "score_init, schedule, threshold, penalty_lambda, criterion_options, overrides.",
+            "a configuration has no field 'amount'. It has criterion, granularity, density, "
+            "params, flops, scope, score_init, schedule, threshold, penalty_lambda, "
+            "criterion_options, overrides.",
         ),
         ("density", ValueError, "Expecting value: line 1 column 1 (char 0)"),
     ],

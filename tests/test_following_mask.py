@@ -182,6 +182,34 @@ def test_copies_and_checkpoints(tmp_path: Path) -> None:
             assert torch.equal(mask.mask(), found.mask())
 
 
+@pytest.mark.parametrize("criterion", ["movement", "platon", "ema_magnitude"])
+def test_a_resumed_run_is_the_same(criterion: str, tmp_path: Path) -> None:
+    schedule = mvpfx.CubicSchedule(warmup=1, cooldown=1, freeze=True)
+
+    def start() -> tuple[Any, dict[str, Any]]:
+        model = prepared(criterion=criterion, schedule=schedule, density=0.25)
+        optimizer = torch.optim.AdamW(mvpfx.parameter_groups(model, lr=1e-2, score_lr=0.1))
+        return model, {"optimizer": optimizer, "scheduler": mvpfx.SparsityScheduler(model, 8)}
+
+    def run(model: Any, parts: dict[str, Any], steps: int) -> None:
+        for _ in range(steps):
+            model(X).square().mean().backward()
+            for part in parts.values():
+                part.step()
+            parts["optimizer"].zero_grad()
+
+    model, parts = start()
+    run(model, parts, 4)
+    mvpfx.save_checkpoint(tmp_path / "checkpoint-4", model, **parts)
+    run(model, parts, 4)
+    resumed, others = start()
+    mvpfx.load_checkpoint(tmp_path / "checkpoint-4", resumed, **others)
+    run(resumed, others, 4)
+    for name, value in model.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    assert by_channel(resumed) == by_channel(model)
+
+
 def test_global_scope_counts_a_channel_once() -> None:
     model = ZOO["BERT"].model()
     mvpfx.prepare(model, half(granularity="channel", scope="global", criterion="magnitude"))
