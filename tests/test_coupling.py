@@ -179,7 +179,7 @@ def test_models_that_take_no_token_ids_alone(name: str) -> None:
         mvpfx.prepare(model, PruningConfig(granularity="hybrid"))
 
 
-@pytest.mark.parametrize("name", ["Llama", "T5", "Qwen2.5-VL"])
+@pytest.mark.parametrize("name", ["Llama", pytest.param("T5", marks=pytest.mark.slow)])
 def test_language_models_have_inputs_of_their_own(name: str) -> None:
     model = mvpfx.prepare(ZOO[name].model(), half(granularity="hybrid"))
     assert any(mask.leader is not None for mask in masks_of(model))

@@ -65,6 +65,7 @@ def test_ranks_agree_with_one_another_and_with_one_process(
     )
 
 
+@pytest.mark.slow
 def test_ranks_keep_what_one_process_keeps_on_the_whole_batch() -> None:
     models: list[dict[str, Any]] = [{"name": "bert", "scope": "global"}, {"name": "llama"}]
     models = [model | {"dtype": torch.float64} for model in models]
@@ -75,6 +76,7 @@ def test_ranks_keep_what_one_process_keeps_on_the_whole_batch() -> None:
         assert result["prints"] == single(case["model"], parts=1).prints, case
 
 
+@pytest.mark.slow
 def test_four_ranks_rank_more_shards_than_rows() -> None:
     model = {"name": "odd", "scope": "global", "granularity": "row"}
     small = {**model, "batch": 4}
@@ -133,6 +135,7 @@ def test_the_gathered_state_converts(odds: list[dict[str, Any]]) -> None:
     assert odds[0]["converted difference"] <= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("worlds", [(2, 1), (1, 2)], ids=str)
 def test_a_checkpoint_goes_on_with_another_number_of_ranks(
     tmp_path: Path, worlds: tuple[int, int]

@@ -54,6 +54,7 @@ def test_torch_export(name: str, lowering: str) -> None:
     torch.testing.assert_close(found, logits(small, batch), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_exported_sparse_model_runs_where_mvpfx_is_imported(tmp_path: Path) -> None:
     _, small, batch = citizen("bert", "csr")
     with torch.no_grad():
@@ -87,6 +88,7 @@ def compiled(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     return found, graphs.count
 
 
+@pytest.mark.slow
 @every_model
 @every_storage
 def test_torch_compile_breaks_no_graph_more(name: str, lowering: str) -> None:
