@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -9,7 +11,7 @@ from mvpfx.config import PruningConfig
 from mvpfx.flops import Flops
 from mvpfx.patterns import specificity
 from mvpfx.program import Program
-from mvpfx.site import Site
+from mvpfx.rule import scored_attention
 from mvpfx.weights import layer_sites
 
 
@@ -32,7 +34,15 @@ def parameter_costs(program: Program) -> Costs:
     """Parameters, each counted once, and those of each site that has a rule."""
     model = program.model
     total = sum(parameter.numel() for parameter in model.parameters())
-    sizes = {name: _parameters(program, name) for name in program.rules}
+    sizes = {name: math.prod(program.sites[name].shape) for name in program.rules}
+    followers: dict[str, int] = defaultdict(int)
+    for site in layer_sites(model):
+        if site.head is not None and site.name not in program.rules:
+            followers[site.head.attention] += math.prod(site.shape)
+    for name, rule in program.rules.items():
+        attention = scored_attention(rule, program.sites[name].head)
+        if attention is not None:
+            sizes[name] += followers[attention]
     return Costs("params", total, sizes)
 
 
@@ -47,8 +57,9 @@ def flop_costs(program: Program, flops: Flops) -> Costs:
         site = program.sites[name]
         names = (name, *site.aliases)
         known[name] = max(flops.by_parameter.get(other, 0) for other in names)
-        if rule.granularity.head and site.head is not None and site.head.cols is not None:
-            known[name] = flops.by_module.get(site.head.attention, known[name])
+        attention = scored_attention(rule, site.head)
+        if attention is not None:
+            known[name] = flops.by_module.get(attention, known[name])
         if not known[name]:
             raise ValueError(
                 f"{name} has no FLOPs that could be counted: the example inputs do not reach it, "
@@ -94,23 +105,6 @@ def within_budget(config: PruningConfig, program: Program, costs: Costs) -> Prun
             "than that. Ask for more, or prune more sites with overrides."
         )
     return replace(config, density=min(left / falling, 1.0), params=None, flops=None)
-
-
-def _parameters(program: Program, name: str) -> int:
-    site, rule = program.sites[name], program.rules[name]
-    size = _size(site)
-    unit = site.head
-    if rule.granularity.head and unit is not None and unit.cols is not None:
-        others = (s for s in layer_sites(program.model) if s.head and s.name not in program.rules)
-        size += sum(_size(s) for s in others if s.head and s.head.attention == unit.attention)
-    return size
-
-
-def _size(site: Site) -> int:
-    size = 1
-    for length in site.shape:
-        size *= length
-    return size
 
 
 def _check_scope(program: Program, costs: Costs) -> None:

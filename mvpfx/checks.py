@@ -113,7 +113,6 @@ def check_scores_dtype(site: Site, scores: Tensor | None) -> None:
         )
 
 
-@torch.no_grad()
 def check_finite(site: Site, values: Tensor, what: str) -> None:
     """Make sure that what decides a mask is no NaN.
 
@@ -134,6 +133,7 @@ def check_finite(site: Site, values: Tensor, what: str) -> None:
         )
 
 
+@torch.no_grad()
 def count_nan(values: Tensor) -> int:
     """How many of `values` are NaN: one sum where none is. Fake tensors have none."""
     values = gathered(values)

@@ -22,6 +22,10 @@ _WEIGHT_POSITION = {"linear": 1, "addmm": 2, "matmul": 1}
 """Kind -> the argument that must be the weight, for its output features to come last."""
 
 
+Obstacle = Callable[[str], str | None]
+"""Parameter name -> why its shape may not change, or None."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """One use of one weight: `node` computes `x W^T + b` on the last dimension."""
@@ -134,8 +138,8 @@ def _layer(program: Program, region: str, matmul: Matmul) -> Layer | None:
     return Layer(region, node, place, weight_name, bias_name, matmul.out_dim)
 
 
-def find_obstacles(program: Program) -> Callable[[str], str | None]:
-    """Return a function: parameter name -> why its shape may not change, or None."""
+def find_obstacles(program: Program) -> Obstacle:
+    """Return what tells of a parameter why its shape may not change."""
     tied = tied_names(program.model)
     readers: dict[str, set[str]] = defaultdict(set)
     for region, node in program.nodes():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mvpfx.ranking import leading
 from mvpfx.scheduler import masks_of
 
 
@@ -24,7 +25,7 @@ def penalty(model: nn.Module) -> Tensor:
     Returns:
         A float32 scalar on the model's device; 0 where no criterion has a penalty.
     """
-    masks = [m for m in masks_of(model) if m.leader is None and m.criterion.penalised]
+    masks = [m for m in leading(masks_of(model)) if m.criterion.penalised]
     first = next(model.parameters(), None)
     total = torch.zeros((), device=first.device if first is not None else None)
     for mask in masks:

@@ -24,6 +24,7 @@ from transformers.training_args import TrainingArguments
 from mvpfx.manifest import Manifest, write_manifest
 from mvpfx.mask import Mask
 from mvpfx.penalty import penalty
+from mvpfx.ranking import leading
 from mvpfx.saved_config import save_config
 from mvpfx.scheduler import SparsityScheduler, masks_of
 
@@ -119,7 +120,7 @@ class PruningCallback(TrainerCallback, ExportableState):
     def figures(self, model: nn.Module) -> dict[str, float]:
         """What to log: the density counted over all sites, and the penalty where there is one."""
         masks = masks_of(model)
-        self.measured = density(mask for mask in masks if mask.leader is None)
+        self.measured = density(leading(masks))
         found = {} if self.measured is None else {"density": self.measured}
         if any(mask.criterion.penalised for mask in masks):
             with torch.no_grad():

@@ -116,6 +116,11 @@ class Ranking:
         return top_v(importances, round(density * units))
 
 
+def leading(masks: Iterable[Mask]) -> list[Mask]:
+    """Those that have units of their own to rank; the others keep what their leaders keep."""
+    return [mask for mask in masks if mask.leader is None]
+
+
 def rank_together(masks: Iterable[Mask]) -> list[Ranking]:
     """Give each mask its ranking, and return the rankings; forgets those they were in before.
 
@@ -126,9 +131,7 @@ def rank_together(masks: Iterable[Mask]) -> list[Ranking]:
         masks: all masks of a model, in order of their sites.
     """
     pools: dict[Hashable, list[Mask]] = {}
-    for mask in masks:
-        if mask.leader is not None:
-            continue
+    for mask in leading(masks):
         rule = mask.rule
         grouped = rule.granularity.group is not None
         together = rule.scope == "global" and mask.criterion.pooled and not grouped

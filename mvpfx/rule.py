@@ -140,9 +140,16 @@ def without_followers(rules: dict[str, Rule], heads: Mapping[str, HeadUnit]) -> 
         heads: what a head has of each site that is a projection.
     """
     scored = {name: heads[name] for name, rule in rules.items() if rule.granularity.head}
-    leading = {unit.attention for unit in scored.values() if unit.cols is not None}
+    leading = {scored_attention(rules[name], unit) for name, unit in scored.items()}
     following = {n for n, u in scored.items() if u.cols is None and u.attention in leading}
     return {name: rule for name, rule in rules.items() if name not in following}
+
+
+def scored_attention(rule: Rule, unit: HeadUnit | None) -> str | None:
+    """The attention whose heads a rule scores where their outputs are read; None for all else."""
+    if unit is None or unit.cols is None or not rule.granularity.head:
+        return None
+    return unit.attention
 
 
 def own_score_init(criterion: str, score_init: str | float | None) -> str | float:

@@ -14,7 +14,7 @@ from mvpfx.cut import check_cuts, cut
 from mvpfx.distributed import is_sharded
 from mvpfx.mask import Mask
 from mvpfx.observation import observe, watch_steps
-from mvpfx.ranking import rank_together
+from mvpfx.ranking import leading, rank_together
 from mvpfx.short_run import warn_of_short_run
 from mvpfx.state import mark_optimizer_built
 from mvpfx.steering import steerings
@@ -46,7 +46,7 @@ class SparsityScheduler:
         self.total_steps = as_count(total_steps, "total_steps")
         self.step_count = 0
         self._masks = masks_of(model)
-        self._leading = [mask for mask in self._masks if mask.leader is None]
+        self._leading = leading(self._masks)
         if not self._masks:
             raise ValueError(
                 f"{type(model).__name__} has no masks to schedule. "
@@ -63,7 +63,7 @@ class SparsityScheduler:
         ]
         self._cutting = [m for m in self._leading if m.measures or m.criterion.cuts is not None]
         check_cuts(self._cutting, self.total_steps)
-        warn_of_short_run(self._masks, self.total_steps)
+        warn_of_short_run(self._leading, self.total_steps)
         self._steerings = steerings(self._leading, self.total_steps)
         if self._observing or self._steerings:
             watch_steps(self)

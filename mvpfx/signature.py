@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from operator import attrgetter, methodcaller
+from operator import attrgetter, eq
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ class Configuration:
         self._parts: list[nn.Module] = []
         self._types: list[type] = []
         self._dictionaries: list[dict[str, Any]] = []
-        self._values: list[tuple[Any, ...]] = []
+        self._copies: list[dict[str, Any]] = []
         self._containers: list[Any] = []
         self._contents: list[tuple[Any, ...]] = []
         self._hooks: list[Any] = []
@@ -129,7 +129,7 @@ class Configuration:
             return (
                 list(map(len, self._hooks)) == self._counts
                 and list(map(type, self._parts)) == self._types
-                and list(map(tuple, map(_values_of, self._dictionaries))) == self._values
+                and all(map(eq, self._dictionaries, self._copies))
                 and list(map(tuple, self._containers)) == self._contents
             )
         except (RuntimeError, TypeError, ValueError):  # a tensor was replaced: == is no bool
@@ -161,14 +161,14 @@ class Configuration:
         self._parts, self._types = parts, list(map(type, parts))
         self._hooks = [hooks for part in parts[1:] for hooks in _hooks_of(part)]
         self._counts = list(map(len, self._hooks))
-        self._containers, self._contents = containers, list(map(tuple, containers))
         inner = [part._modules for part in parts if part._modules]
         held = [held for held in containers if isinstance(held, dict)]
+        self._containers = [held for held in containers if not isinstance(held, dict)]
+        self._contents = list(map(tuple, self._containers))
         self._dictionaries = [*(part.__dict__ for part in parts), *inner, *held]
-        self._values = list(map(tuple, map(_values_of, self._dictionaries)))
+        self._copies = list(map(dict, self._dictionaries))
 
 
-_values_of = methodcaller("values")
 _hooks_of = attrgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 )

@@ -16,6 +16,8 @@ from mvpfx.following_mask import FollowingMask
 from mvpfx.mask import Mask
 from mvpfx.pipeline import Decision, Pass
 from mvpfx.program import Program, full_name, parent_name
+from mvpfx.rule import Rule
+from mvpfx.site import Site
 from mvpfx.swap import MASK_SUFFIX, find_mask
 from mvpfx.weights import parameter_names
 
@@ -41,19 +43,20 @@ class InsertMasks(Pass):
     def apply(self, program: Program) -> Iterator[Decision]:
         """Fill `program.modules` with masks and rewrite the graphs."""
         new = {name: r for name, r in program.rules.items() if mask_of(program, name) is None}
-        leader_of: dict[str, str] = {}
-        made: dict[str, Mask] = {}
+        followers_of: dict[str, list[Mask]] = {}
+        following: dict[str, FollowingMask] = {}
+        added = dict.fromkeys(new, "scores added")
         for leader, *followers in groups(new, program.sites.values()):
-            leader_of |= {site.name: leader.name for site in followers}
-        for name in sorted(new, key=lambda name: name not in leader_of):
-            followed = [made[other] for other, leader in leader_of.items() if leader == name]
-            made[name] = _make(program, name, name in leader_of, followed)
-        for name in new:
-            program.modules[mask_name(name)] = made[name]
-            added = "scores added"
-            if name in leader_of:
-                added = f"scored with {leader_of[name]}, channel by channel"
-            yield Decision(name, "insert mask", True, added)
+            for site in followers:
+                following[site.name] = FollowingMask(*_pruned(program, site.name))
+                added[site.name] = f"scored with {leader.name}, channel by channel"
+            followers_of[leader.name] = [following[site.name] for site in followers]
+        for name, why in added.items():
+            mask = following.get(name)
+            if mask is None:
+                mask = Mask(*_pruned(program, name), followers_of.get(name, []))
+            program.modules[mask_name(name)] = mask
+            yield Decision(name, "insert mask", True, why)
         for region, graph in program.graphs.items():
             for read in list(unmasked(program, region, graph)):
                 _insert(graph, read, _target(program, region, str(read[0].target)))
@@ -68,10 +71,11 @@ def masked(program: Program) -> str | None:
     return None
 
 
-def _make(program: Program, name: str, follows: bool, followers: list[Mask]) -> Mask:
-    weight, site, rule = program.parameter(name), program.sites[name], program.rules[name]
+def _pruned(program: Program, name: str) -> tuple[Site, nn.Parameter, Rule]:
+    """What a mask is made of."""
+    weight = program.parameter(name)
     assert isinstance(weight, nn.Parameter)
-    return FollowingMask(site, weight, rule) if follows else Mask(site, weight, rule, followers)
+    return program.sites[name], weight, program.rules[name]
 
 
 def mask_name(parameter_name: str) -> str:

@@ -7,6 +7,7 @@ Values of weights play no part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,7 @@ from mvpfx.dims.convolution import Convolution
 from mvpfx.dims.flow import Flow
 from mvpfx.dims.rule import Rule, Step, all_dims
 from mvpfx.dims.value import Value
-from mvpfx.layer import find_obstacles
+from mvpfx.layer import Obstacle, find_obstacles
 from mvpfx.program import Program, full_name, graph_text
 from mvpfx.site import Site
 
@@ -47,11 +48,12 @@ def find_channel_units(program: Program, sites: Sequence[Site]) -> dict[str, Cha
     """
     alike: dict[str, dict[str, ChannelUnit]] = {}
     found: dict[str, ChannelUnit] = {}
+    obstacle = find_obstacles(program)
     for region in program.graphs:
         inside = _sites_read(program, region, sites)
-        key = _looks(program, region, inside)
+        key = _looks(program, region, inside, obstacle)
         if key not in alike:
-            alike[key] = _in_region(program, region, inside)
+            alike[key] = _in_region(program, region, inside, obstacle)
         for name, unit in alike[key].items():
             group = replace(unit, group=inside[unit.group].name)
             found.setdefault(inside[name].name, group)
@@ -65,18 +67,19 @@ def _sites_read(program: Program, region: str, sites: Sequence[Site]) -> dict[st
     return {t: known[full_name(region, t)] for t in targets if full_name(region, t) in known}
 
 
-def _looks(program: Program, region: str, inside: dict[str, Site]) -> str:
+def _looks(program: Program, region: str, inside: dict[str, Site], obstacle: Obstacle) -> str:
     """A text that is equal for regions that are coupled alike."""
     sites = [(t, s.shape, s.out_dim, s.parts, s.head is None) for t, s in inside.items()]
-    obstacle = find_obstacles(program)
     fixed = [obstacle(site.name) is None for site in inside.values()]
     return f"{sites} {fixed}\n{graph_text(program.graphs[region])}"
 
 
-def _in_region(program: Program, region: str, inside: dict[str, Site]) -> dict[str, ChannelUnit]:
+def _in_region(
+    program: Program, region: str, inside: dict[str, Site], obstacle: Obstacle
+) -> dict[str, ChannelUnit]:
     units: dict[str, ChannelUnit] = {}
     parts = [0.0, 0.25, 0.75, 1.0]
-    sightings = [_look(program, region, inside, part) for part in parts]
+    sightings = [_look(program, region, inside, obstacle, part) for part in parts]
     for reader, first in sightings[0].items():
         seen = [sighting.get(reader) for sighting in sightings]
         group = {
@@ -98,7 +101,7 @@ def _columns(site: Site) -> int:
     """Inputs of one channel in a weight that reads channels: more than one in a convolution."""
     inputs = site.shape[_input_dim(site)]
     outputs = site.shape[site.out_dim]
-    return torch.Size(site.shape).numel() // (inputs * outputs)
+    return math.prod(site.shape) // (inputs * outputs)
 
 
 def _input_dim(site: Site) -> int:
@@ -110,7 +113,7 @@ def _column(site: Site, part: float) -> int:
 
 
 def _look(
-    program: Program, region: str, inside: dict[str, Site], part: float
+    program: Program, region: str, inside: dict[str, Site], obstacle: Obstacle, part: float
 ) -> dict[str, Sighting]:
     """What goes with one column of each weight, at this part of its inputs."""
     known = {full_name(region, target): target for target in inside}
@@ -121,7 +124,7 @@ def _look(
             weight.select(_input_dim(site), _column(site, part)).zero_()
             zeroed[full_name(region, target)] = weight
     trial = replace(program, parameters={**program.parameters, **zeroed})
-    flow = Flow(trial, region, find_obstacles(program))
+    flow = Flow(trial, region, obstacle)
     flow.solve()
     together = _components(flow)
     found: dict[str, Sighting] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -14,6 +13,7 @@ from mvpfx.dims.projected_attention import find_projected
 from mvpfx.dims.rearrangement import NAMES, sources
 from mvpfx.dims.rule import Opaque, Rule, Step, replaced
 from mvpfx.dims.value import Known, Value
+from mvpfx.layer import Obstacle
 from mvpfx.matmul_table import ATTENTIONS
 from mvpfx.program import Program, full_name
 from mvpfx.swap import original_class
@@ -41,9 +41,7 @@ class Reading:
         parameters: full name -> value.
     """
 
-    def __init__(
-        self, program: Program, region: str, obstacle: Callable[[str], str | None]
-    ) -> None:
+    def __init__(self, program: Program, region: str, obstacle: Obstacle) -> None:
         self.program, self.region, self.obstacle = program, region, obstacle
         self.graph = program.graphs[region]
         self.values: dict[fx.Node, Any] = {}
