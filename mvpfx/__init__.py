@@ -7,9 +7,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mvpfx import distributed
-from mvpfx.api import convert, graphs, prepare
+from mvpfx.api import graphs, prepare
 from mvpfx.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from mvpfx.config import PruningConfig
+from mvpfx.conversion import convert, load
 from mvpfx.cut_schedule import OneShotSchedule, StepSchedule
 from mvpfx.distillation import Distillation, distillation_loss
 from mvpfx.explanation import explain
@@ -20,7 +21,7 @@ from mvpfx.saved_config import pruning_config
 from mvpfx.schedule import ConstantSchedule, CubicSchedule, ExponentialSchedule, LinearSchedule
 from mvpfx.scheduler import SparsityScheduler
 from mvpfx.state import report_of
-from mvpfx.store import load, save
+from mvpfx.store import save
 
 if TYPE_CHECKING:
     from mvpfx import hf

@@ -10,42 +10,28 @@ from torch import fx, nn
 
 from mvpfx.adapters import adapted_model, is_adapter, without_adapters
 from mvpfx.budget import flop_costs, parameter_costs, within_budget
-from mvpfx.comparison import compare_models
-from mvpfx.computed import duplicate
 from mvpfx.config import PruningConfig
 from mvpfx.coupled import COUPLED
-from mvpfx.distributed import check_whole
 from mvpfx.example import own_inputs
-from mvpfx.facts import SPARSE
 from mvpfx.flops import count_flops
 from mvpfx.mask import Mask
 from mvpfx.passes.capture import Capture
-from mvpfx.passes.choose_storage import HOPELESS, ChooseStorage
 from mvpfx.passes.find_sites import FindSites, graph_sites
-from mvpfx.passes.fold_computed import FoldComputed
-from mvpfx.passes.fold_masks import FoldMasks
 from mvpfx.passes.insert_masks import InsertMasks, mask_name
-from mvpfx.passes.lower_matmuls import LowerMatmuls
-from mvpfx.passes.propagate_layout import PropagateLayout
 from mvpfx.passes.schedule_density import ScheduleDensity
-from mvpfx.passes.shrink_dims import ShrinkDims
-from mvpfx.pipeline import Record, run
-from mvpfx.program import Program, copy_graph, full_name, parent_name
-from mvpfx.region import Region, captured, make_region, region_modules, region_of
-from mvpfx.report import make_report
+from mvpfx.pipeline import run
+from mvpfx.program import Program, full_name, parent_name
+from mvpfx.region import Region, make_region, region_modules, region_of
 from mvpfx.site import Site
 from mvpfx.state import (
     State,
     attach_state,
-    detach_state,
     find_state,
     inner_model,
     late_rule,
     state_of,
-    unwrapped,
 )
-from mvpfx.swap import drop_runtimes, original_class, restore, swap_ancestors, swap_class
-from mvpfx.totals import measure_totals
+from mvpfx.swap import original_class, swap_ancestors, swap_class
 from mvpfx.transformers_types import is_pretrained
 from mvpfx.variant import graph_module
 from mvpfx.weights import weight_owners
@@ -87,20 +73,16 @@ def prepare(
         )
     if example_inputs is None and config.couples:
         example_inputs = own_inputs(model, COUPLED)
-    config = _with_density(model, config, example_inputs)
-    passes = (
-        Capture(example_inputs),
-        FindSites(config),
-        InsertMasks(),
-        ScheduleDensity(config.schedule),
-    )
-    program, records = run(passes, Program(model))
+    seen, capturing = run((Capture(example_inputs),), Program(model))
+    config = _with_density(seen, config, example_inputs)
+    masking = (FindSites(config), InsertMasks(), ScheduleDensity(config.schedule))
+    program, records = run(masking, seen)
     state = State(
         config=config,
         sites=dict(program.sites),
         seen={d.site for r in records if r.name == FindSites.name for d in r.decisions},
         default_everywhere=not is_pretrained(model),
-        records=records,
+        records=[*capturing, *records],
     )
     attach_state(model, state)
     _install(model, program, state, lazy=example_inputs is None)
@@ -108,7 +90,7 @@ def prepare(
     return whole
 
 
-def _with_density(model: nn.Module, config: PruningConfig, example_inputs: Any) -> PruningConfig:
+def _with_density(seen: Program, config: PruningConfig, example_inputs: Any) -> PruningConfig:
     """The configuration with a density in the place of a budget.
 
     Raises:
@@ -116,101 +98,12 @@ def _with_density(model: nn.Module, config: PruningConfig, example_inputs: Any) 
     """
     if config.params is None and config.flops is None:
         return config
-    program, _ = run((Capture(example_inputs), FindSites(config)), Program(model))
+    model, (program, _) = seen.model, run((FindSites(config),), seen)
     if config.params is not None:
         return within_budget(config, program, parameter_costs(program))
     if example_inputs is None:
         example_inputs = own_inputs(model, "flops= is a fraction of the FLOPs of one call")
     return within_budget(config, program, flop_costs(program, count_flops(model, example_inputs)))
-
-
-def convert(
-    model: nn.Module, *, example_inputs: Any = None, lowering: str = "auto", multiple_of: int = 1
-) -> nn.Module:
-    """Lower a model with zeros in its weights to the smallest, fastest one that computes the same.
-
-    Masks are folded, dead channels and heads removed, and each weight gets the storage that is
-    fastest. The result is a plain module that runs without graphs, in eval mode; `model` is left as
-    it was. With example inputs the outputs of both are compared.
-
-    Args:
-        model: prepared by `prepare`, or any model with zeros in its weights.
-        example_inputs: one batch, as `model` is called with. Storages are measured on it. Without
-            it they come from a break-even table, and only a prepared model that was called before
-            has graphs in which dead channels can be found.
-        lowering: "auto" takes the fastest; "dense", "csr" or "bsr" is taken wherever it can be.
-        multiple_of: what the sizes of smaller weights are rounded up to a multiple of.
-
-    Returns:
-        A new model. `sparsity_table` and `explain` say what was done to it.
-
-    Raises:
-        ValueError: the example inputs do not fit, an option is unknown, a weight is read both
-            with its mask and without it under one name, weights are sharded over ranks, or a
-            wrapper may compute more than the prepared model in it (DDP is taken off).
-        RuntimeError: the outputs differ by more than `TOLERANCE` allows; nothing is returned.
-    """
-    shrink, choose, model = ShrinkDims(multiple_of), ChooseStorage(lowering), unwrapped(model)
-    check_whole(model)
-    source = duplicate(model).eval()
-    drop_runtimes(source)
-    state = find_state(model)
-    known = captured(model, state.regions) if state and example_inputs is None else {}
-    folding = (FoldComputed(), Capture(example_inputs), FindSites(), InsertMasks(), FoldMasks())
-    seen = Program(
-        source,
-        graphs={name: copy_graph(variant.graph) for name, variant in known.items()},
-        calls={name: variant.call for name, variant in known.items()},
-    )
-    folded, records = run(folding, seen)
-    _check_folded(folded)
-    shrunk, shrinking = run((shrink,), folded)
-    chosen, lowerings = run((choose, PropagateLayout(), LowerMatmuls()), shrunk)
-    small, comparison, name = _plain(chosen), None, "converted"
-    if example_inputs is not None:
-        versions = {"dense": _plain(folded), name: small}
-        others = _alternatives(chosen, shrunk) if lowering == "auto" else {}
-        versions |= {other: _plain(result) for other, (result, _) in others.items()}
-        comparison = compare_models(source, versions, example_inputs)
-        name = comparison.fastest(name, *others)
-        if name in others:
-            (chosen, lowerings), small = others[name], versions[name]
-    records = [*records, *shrinking, *lowerings]
-    totals = [measure_totals(version, example_inputs) for version in (source, small)]
-    report = make_report(chosen, records, comparison, name, totals)
-    attach_state(small, State(records=records, report=report, graphs=chosen.graphs))
-    return small
-
-
-def _check_folded(program: Program) -> None:
-    for name in sorted(program.unfolded):
-        raise ValueError(
-            f"{name} is read by a matmul, with its mask, and elsewhere without it, so one stored "
-            "weight cannot serve both. Hold it under two names (a tied parameter), or leave it "
-            f'alone when preparing: overrides={{"{name}": None}}.'
-        )
-
-
-def _alternatives(chosen: Program, shrunk: Program) -> dict[str, tuple[Program, list[Record]]]:
-    """Other choices of storage worth a comparison end to end, where any site is sparse."""
-    if not any(storage in SPARSE for storage in chosen.storages.values()):
-        return {}
-    timed = replace(shrunk, timings=chosen.timings)
-    why = "alike for all sites, which is fastest end to end"
-    return {
-        f"all {storage}": run(
-            (ChooseStorage(storage, HOPELESS, why), PropagateLayout(), LowerMatmuls()), timed
-        )
-        for storage in ("dense", "csr")
-    }
-
-
-def _plain(program: Program) -> nn.Module:
-    """The model of a program, with its overlay written in and nothing of ours but the storages."""
-    model = duplicate(program.model)
-    restore(model)
-    detach_state(model)
-    return program.build(model).eval()
 
 
 def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:

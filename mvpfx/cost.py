@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvpfx.kernels.library import isa
 from mvpfx.storage import SparseLinear
 
 INDEX_BYTES = 4
@@ -22,19 +23,31 @@ MOST_COPIES = 8
 BREAK_EVEN: dict[str, dict[str, dict[str, dict[int, float]]]] = {
     "cpu": {
         "csr": {
-            "small": {1: 0.0, 16: 0.06, 128: 0.08, 1024: 0.02},
-            "large": {1: 0.04, 16: 0.2, 128: 0.17, 1024: 0.12},
+            "small": {1: 0.0, 16: 0.07, 128: 0.13, 1024: 0.12},
+            "large": {1: 0.07, 16: 0.25, 128: 0.19, 1024: 0.16},
         },
         "bsr": {
-            "small": {1: 0.0, 16: 0.0, 128: 0.08, 1024: 0.05},
-            "large": {1: 0.0, 16: 0.09, 128: 0.18, 1024: 0.1},
+            "small": {1: 0.0, 16: 0.0, 128: 0.14, 1024: 0.11},
+            "large": {1: 0.0, 16: 0.11, 128: 0.19, 1024: 0.16},
+        },
+        "native-avx512": {
+            "small": {1: 0.0, 16: 0.34, 128: 0.5, 1024: 0.5},
+            "large": {1: 0.12, 16: 0.5, 128: 0.5, 1024: 0.5},
+        },
+        "native-avx2": {
+            "small": {1: 0.0, 16: 0.13, 128: 0.12, 1024: 0.11},
+            "large": {1: 0.0, 16: 0.29, 128: 0.25, 1024: 0.23},
+        },
+        "native-plain": {
+            "small": {1: 0.0, 16: 0.1, 128: 0.07, 1024: 0.05},
+            "large": {1: 0.0, 16: 0.2, 128: 0.1, 1024: 0.1},
         },
     }
 }
-"""Device type -> storage -> size of the weight -> tokens -> density below which the storage took
-less than `MARGIN` of the dense time, transposes at both edges included. Measured by
-`benchmarks/break_even.py`, float32, one thread; `benchmarks/results/break_even/` holds the
-measurements behind it."""
+"""Device type -> storage (native kernels by instruction set) -> size of the weight -> tokens ->
+density below which the storage took less than `MARGIN` of the dense time, transposes at both edges
+included. Measured by `benchmarks/break_even.py`, float32, one thread;
+`benchmarks/results/break_even/` holds the measurements behind it."""
 
 LARGE_VALUES = 2**18
 """A weight of at least so many values is large: what a call costs besides counts for little."""
@@ -58,7 +71,7 @@ def storage_bytes(
     """Bytes of a weight in a storage.
 
     Args:
-        storage: dense, reduced, csr or bsr.
+        storage: dense, reduced, csr, bsr or native, which keeps what csr does.
         shape: of the weight as stored (after shrinking).
         nonzero: stored values; for BSR the values of all stored blocks.
         itemsize: bytes a value.
@@ -72,12 +85,12 @@ def storage_bytes(
     """
     if storage in ("dense", "reduced"):
         return math.prod(shape) * itemsize
-    if storage == "csr":
+    if storage in ("csr", "native"):
         return nonzero * (itemsize + INDEX_BYTES) + (shape[0] + 1) * INDEX_BYTES
     if storage == "bsr":
         indices = nonzero // block**2 + shape[0] // block + 1
         return nonzero * itemsize + indices * INDEX_BYTES
-    raise ValueError(f"unknown storage {storage!r}; known: dense, reduced, csr, bsr")
+    raise ValueError(f"unknown storage {storage!r}; known: dense, reduced, csr, bsr, native")
 
 
 def size_class(values: int) -> str:
@@ -91,13 +104,14 @@ def break_even(storage: str, tokens: int, values: int, device: str, dtype: torch
     Between measured token counts the lower density counts, outside them the nearest.
 
     Args:
-        storage: csr or bsr.
+        storage: csr, bsr or native.
         tokens: rows of activations.
         values: size of the dense weight.
         device: its device type.
         dtype: its dtype; only float32 was measured.
     """
-    sizes = BREAK_EVEN.get(device, {}).get(storage)
+    known = f"native-{isa()}" if storage == "native" else storage
+    sizes = BREAK_EVEN.get(device, {}).get(known)
     if not sizes or dtype is not torch.float32:
         return 0.0
     table = sizes[size_class(values)]
@@ -146,7 +160,7 @@ def measure_storages(
         weight: `[N, K]`; its strides are kept for the dense call.
         bias: `[N]` or None.
         tokens: rows of `x`.
-        blocks: storage -> block size (1 for csr).
+        blocks: storage -> block size (1 for csr and native).
         rounds: timed rounds.
 
     Returns:
@@ -161,7 +175,8 @@ def measure_storages(
         "dense": lambda: [F.linear(x, w, bias) for w in dense]
     }
     for name, block in blocks.items():
-        layers = [SparseLinear.from_dense(weight, bias, block) for _ in range(copies)]
+        layout = "tiled" if name == "native" else "token_major"
+        layers = [SparseLinear.from_dense(weight, bias, block, layout) for _ in range(copies)]
         # A new view each time: a layer would know the same tensor again.
         calls[name] = lambda layers=layers: [layer(x.view_as(x)) for layer in layers]
     with torch.no_grad():

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from tabulate import tabulate
 from torch import nn
 
+from mvpfx.kernels.library import MISSING, isa
 from mvpfx.pipeline import Decision
 from mvpfx.region import NOT_CALLED, region_of
 from mvpfx.report import Report
@@ -55,8 +56,10 @@ def decisions_text(decisions: Iterable[Decision]) -> str:
 
 
 def _calls(model: nn.Module, state: State) -> Iterator[Decision]:
-    """What became of the calls of a prepared model's regions: graphs, or the own forward."""
-    for name in state.regions:
+    """What became of the calls of a model's regions: graphs, or the own forward."""
+    converted = state.report is not None
+    names = [name for name, _ in model.named_modules()] if converted else state.regions
+    for name in names:
         region = region_of(model.get_submodule(name))
         if region is None:
             continue
@@ -67,7 +70,7 @@ def _calls(model: nn.Module, state: State) -> Iterator[Decision]:
         for reason, calls in region.declined.items():
             text = f"{reason} ({_count(calls, 'call')} ran its own forward)"
             yield Decision(name, "capture", False, text)
-        if not region.calls and not region.declined and name not in state.graphs:
+        if not (region.calls or region.declined or converted or name in state.graphs):
             yield Decision(name, "capture", False, NOT_CALLED)
 
 
@@ -77,6 +80,10 @@ def _outcome(report: Report) -> list[str]:
         lines.append("Nothing was gained: no site became smaller.")
     if report.before is not None and report.after is not None:
         lines.append(totals_table(report.before, report.after))
+    if any(row.storage == "native" for row in report.rows):
+        lines.append(f"Native kernels: {isa() or MISSING}")
+    elif report.rows and isa() is None:
+        lines.append(f"Sparse weights are multiplied by torch.sparse: {MISSING}.")
     if report.max_difference is not None:
         lines.append(f"Largest output difference, masked vs converted: {report.max_difference:.2e}")
     if report.latency_before_ms is not None and report.latency_after_ms is not None:

@@ -19,7 +19,7 @@ Fact = Callable[[Program], str | None]
 FACTS: dict[str, Fact] = {}
 """Fact name -> predicate; filled by `fact`."""
 
-SPARSE = ("csr", "bsr")
+SPARSE = ("csr", "bsr", "native")
 """The storages that a `SparseLinear` keeps."""
 
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
 from mvpfx.example import inference, run_example
+from mvpfx.kernels import operators
 from mvpfx.torch_private import TorchDispatchMode
 
 _SPARSE = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
@@ -52,7 +53,7 @@ def count_flops(model: nn.Module, example_inputs: Any) -> Flops:
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it is one operator, whatever it computes
     try:
-        with inference(model), meter.modules, meter:
+        with inference(model), operators.as_operator, meter.modules, meter:
             run_example(model, example_inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -113,8 +114,13 @@ def _grouped(x: Tensor, weights: Tensor, *_: Any) -> int:
     return 2 * x.shape[0] * weights.shape[-2] * weights.shape[-1]
 
 
+def _tiled(crow: Tensor, col: Tensor, values: Tensor, bias: Any, x: Tensor, *_: Any) -> int:
+    return 2 * values.numel() * x.shape[0]
+
+
 _OWN: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._grouped_mm: _grouped,
+    torch.ops.mvpfx.tiled_linear: _tiled,
 }
 """What torch's registry does not count."""

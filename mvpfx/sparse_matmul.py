@@ -55,21 +55,12 @@ def multiply_tiled(
 
 
 def to_dense(crow: Tensor, col: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
-    """Return the matrix as an ordinary tensor `[N, K]`; differentiable in `values`."""
-    block = values.shape[-1] if values.dim() == 3 else 1
-    blocks = values if values.dim() == 3 else values.reshape(-1, 1, 1)
-    grid = values.new_zeros(rows // block, columns // block, block, block)
-    index = (_row_indices(crow, col.numel()), col.long())
-    return grid.index_put(index, blocks).transpose(1, 2).reshape(rows, columns)
+    """Return the matrix as an ordinary tensor `[N, K]`; differentiable in `values`.
 
-
-def scatter_dense(crow: Tensor, col: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
-    """As `to_dense`, in few operations that ONNX has, with sizes that do not depend on data."""
+    In operations that ONNX has, with sizes that do not depend on data.
+    """
     count, block = col.numel(), values.shape[-1] if values.dim() == 3 else 1
-    # The row of an entry is how many rows end at it or before.
-    ends = crow.new_zeros(count + 1, dtype=torch.long)
-    ones = torch.ones_like(crow[1:], dtype=torch.long)
-    row = ends.scatter_add(0, crow[1:].long(), ones).cumsum(0)[:count]
+    row = _row_indices(crow, count)
     place = (row * (columns // block) + col.long()).unsqueeze(1).expand(-1, block**2)
     grid = values.new_zeros(rows * columns // block**2, block**2)
     filled = grid.scatter(0, place, values.reshape(count, block**2))
@@ -78,8 +69,10 @@ def scatter_dense(crow: Tensor, col: Tensor, values: Tensor, rows: int, columns:
 
 
 def _row_indices(crow: Tensor, count: int) -> Tensor:
-    rows = torch.arange(crow.numel() - 1, device=crow.device)
-    return rows.repeat_interleave(crow.diff().long(), output_size=count)
+    """The row of each entry: how many rows end at it or before."""
+    ends = crow.new_zeros(count + 1, dtype=torch.long)
+    ones = torch.ones_like(crow[1:], dtype=torch.long)
+    return ends.scatter_add(0, crow[1:].long(), ones).cumsum(0)[:count]
 
 
 class Transposes(threading.local):

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvpfx.sparse_matmul import TILE, multiply, multiply_tiled, scatter_dense, to_dense, transposes
+from mvpfx.kernels import operators
+from mvpfx.sparse_matmul import TILE, multiply, multiply_tiled, to_dense, transposes
 
-Layout = Literal["feature_major", "token_major"]
+Layout = Literal["feature_major", "token_major", "tiled"]
 INDEX_DTYPE = torch.int32
 """MKL converts 64-bit indices in every call."""
 BLOCKS = (32, 16, 8, 4)
@@ -39,7 +40,9 @@ class SparseLinear(nn.Module):
         col_indices: `[nnz]`, or `[nnz / b^2]` for BSR.
         values: `[nnz]` for CSR, `[nnz / b^2, b, b]` for BSR.
         bias: `[N]` or None.
-        output_layout: "token_major" makes the output contiguous, as `nn.Linear` does.
+        output_layout: "token_major" makes the output contiguous, as `nn.Linear` does; "tiled" does
+            so too, and computes with the native kernels where they can be used: on a CPU, in
+            float32 or bfloat16, without gradients.
 
     Raises:
         ValueError: if the tensors' shapes do not describe an `[N, K]` matrix.
@@ -47,6 +50,7 @@ class SparseLinear(nn.Module):
 
     crow_indices: Tensor
     col_indices: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -77,7 +81,8 @@ class SparseLinear(nn.Module):
         self.register_buffer("col_indices", col_indices.to(INDEX_DTYPE))
         trains = values.requires_grad
         self.values = nn.Parameter(values.detach(), requires_grad=trains)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), bias.requires_grad)
+        kept = None if bias is None else nn.Parameter(bias.detach(), bias.requires_grad)
+        self.register_parameter("bias", kept)
 
     @classmethod
     def from_dense(
@@ -113,7 +118,9 @@ class SparseLinear(nn.Module):
 
     @property
     def storage(self) -> str:
-        """Either csr or bsr."""
+        """One of csr, bsr and native."""
+        if self.output_layout == "tiled":
+            return "native"
         return "csr" if self.values.dim() == 1 else "bsr"
 
     @property
@@ -170,16 +177,20 @@ class SparseLinear(nn.Module):
         # The operator is what autograd, torch.compile, torch.export and fake tensors see; where
         # none of them looks, its kernel alone saves 10 microseconds a call.
         plain = type(x) is Tensor and not torch.compiler.is_compiling()
+        if not plain and torch.onnx.is_in_onnx_export():  # which has no sparse matmul
+            return F.linear(x, self.dense(), bias)
+        if self.output_layout == "tiled" and operators.serves(x, self.values):
+            if plain and not (operators.as_operator.entered or self.values.is_inference()):
+                return operators.run(self, x)
+            y = torch.ops.mvpfx.tiled_linear(*matrix, bias, flat, rows)
+            return y.view(*front, rows)
         if not plain or torch.is_grad_enabled():
-            if torch.onnx.is_in_onnx_export():  # which has no sparse matmul
-                weight = scatter_dense(*matrix, rows, features)
-                return F.linear(x, weight, bias)
             y = torch.ops.mvpfx.sparse_linear(*matrix, bias, flat.t().contiguous(), rows).t()
         elif len(flat) <= 2 * TILE or not x.is_cpu:
             y = multiply(*matrix, bias, transposes.of(x, flat), rows).t()
         else:
             return multiply_tiled(*matrix, bias, flat, rows).view(*front, rows)
-        if self.output_layout == "token_major":
+        if self.output_layout != "feature_major":
             y = y.contiguous()
         return y.view(*front, rows)
 

@@ -78,19 +78,7 @@ def save(model: nn.Module, folder: str | Path, *, values: str = "exact") -> Path
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """A model that `save` saved, in eval mode, on the CPU.
-
-    Nothing in the folder is run: the model's class comes from transformers by its name, and every
-    size, shape and index is checked before it is used.
-
-    Args:
-        folder: where from.
-        model: for a class that is not in transformers: a model of it as it was before it was
-            pruned. It is changed in place and returned.
-
-    Raises:
-        ValueError: a file is missing, damaged, or does not fit; the text says which and where.
-    """
+    """The model of a folder, as modules; `mvpfx.load` has it run as chains, and says the rest."""
     folder = Path(folder)
     try:
         body = _read(folder)

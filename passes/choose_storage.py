@@ -1,4 +1,4 @@
-"""Choose how each site's weight is stored: dense, reduced, csr or bsr.
+"""Choose how each site's weight is stored: dense, reduced, csr, bsr or native.
 
 A sparse storage is taken only where it is clearly faster than the dense matmul of the same
 (shrunken) shape, transposes at both edges included: measured at the token count of the example
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mvpfx.cost import MARGIN, break_even, measure_storages
 from mvpfx.facts import SPARSE
+from mvpfx.kernels.library import no_kernels
 from mvpfx.layer import Layer, find_layers, is_linear, is_own_call, tied_names
 from mvpfx.pipeline import Decision, Pass
 from mvpfx.program import Program, Timing, full_name
@@ -35,7 +36,8 @@ class ChooseStorage(Pass):
     """Choose a storage for every site.
 
     Args:
-        lowering: "auto" takes the fastest; "dense", "csr" or "bsr" is taken wherever it can be.
+        lowering: "auto" takes the fastest; "dense", "csr", "bsr" or "native" is taken wherever it
+            can be.
         highest_density: denser sites stay dense even where a sparse storage is named.
         why: the reason that is recorded where a storage is named.
         rounds: timed rounds of each measurement.
@@ -81,7 +83,7 @@ class ChooseStorage(Pass):
     ) -> tuple[str, Decision]:
         dense = _dense_name(program, site)
         if self.lowering in SPARSE:
-            reason = obstacle or (_no_block(program, layers[0]) if self.lowering == "bsr" else None)
+            reason = obstacle or self._impossible(program, layers[0])
             density = program.density(site.name)
             if density > self.highest_density:
                 reason = f"density {density:.2f} is too high for sparse storage"
@@ -100,15 +102,26 @@ class ChooseStorage(Pass):
         storage, reason = self._fastest(program, site, layers[0], stopwatch)
         return storage, Decision(site.name, f"store as {storage}", True, reason)
 
+    def _impossible(self, program: Program, layer: Layer) -> str | None:
+        """Why the storage that was named cannot be had."""
+        if self.lowering == "bsr":
+            return _no_block(program, layer)
+        if self.lowering == "native":
+            weight = layer.weight(program)
+            return no_kernels(weight.device, weight.dtype)
+        return None
+
     def _fastest(
         self, program: Program, site: Site, layer: Layer, stopwatch: _Stopwatch
     ) -> tuple[str, str]:
         dense = _dense_name(program, site)
         weight = layer.weight(program)
         tokens = program.tokens.get(site.name)
-        blocks = {"csr": 1, "bsr": find_block(weight)}
+        blocks = {"csr": 1, "bsr": find_block(weight), "native": 1}
         if weight.device.type != "cpu":
             del blocks["bsr"]
+        if no_kernels(weight.device, weight.dtype) is not None:
+            del blocks["native"]
         candidates = {name: block for name, block in blocks.items() if block}
         if tokens is None:
             return _by_table(weight, candidates, dense)

@@ -45,7 +45,7 @@ class LowerMatmuls(Pass):
 
 def _build(program: Program, layer: Layer, storage: str) -> SparseLinear:
     weight = layer.weight(program).contiguous()
-    block = 1 if storage == "csr" else find_block(weight) or find_block(weight, waste=float("inf"))
+    block = 1 if storage != "bsr" else find_block(weight) or find_block(weight, waste=float("inf"))
     layout = cast("Layout", program.layouts[layer.weight_name])
     bias = layer.bias(program)
     built = SparseLinear.from_dense(weight, bias, block or 1, layout)

@@ -14,10 +14,12 @@ from typing import ClassVar
 from torch import fx
 
 from mvpfx.dims.operations import find_operation
-from mvpfx.facts import SPARSE
 from mvpfx.layer import Layer, find_layers, is_conv1d_view
 from mvpfx.pipeline import Decision, Pass
 from mvpfx.program import Program, full_name
+
+FEATURE_MAJOR = ("csr", "bsr")
+"""The storages that compute feature-major."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,16 @@ class PropagateLayout(Pass):
         for layers in find_layers(program).values():
             for layer in layers.values():
                 name = layer.weight_name
-                if program.storages.get(name) in SPARSE:
+                if program.storages.get(name) in FEATURE_MAJOR:
                     edge = _edge(program, layer, layers)
                     edges[name] = edges.get(name) or edge
         for name, storage in program.storages.items():
-            if storage not in SPARSE or name in program.layouts:
+            if name in program.layouts:
+                continue
+            if storage == "native":
+                program.layouts[name] = "tiled"
+                yield Decision(name, "output tiled", True, "native kernels compute in tiles")
+            if storage not in FEATURE_MAJOR:
                 continue
             edge = edges.get(name, "no graph shows who reads it")
             program.layouts[name] = "token_major" if edge else "feature_major"
@@ -55,8 +62,9 @@ def _edge(program: Program, layer: Layer, layers: Mapping[fx.Node, Layer]) -> st
         for user in stack.pop().users:
             reader = layers.get(user)
             if reader is not None:
-                if program.storages.get(reader.weight_name) not in SPARSE:
-                    return f"read by {reader.weight_name}, which is dense"
+                storage = program.storages.get(reader.weight_name)
+                if storage not in FEATURE_MAJOR:
+                    return f"read by {reader.weight_name}, which is {storage or 'dense'}"
                 continue
             if not _is_free(program, layer, user, layers):
                 name = getattr(user.target, "__name__", user.target)
@@ -97,4 +105,4 @@ def _is_fellow(program: Program, node: fx.Node, layers: Mapping[fx.Node, Layer])
         if find_operation(source, None) is None and source.op != "call_module":
             return False
         source = source.all_input_nodes[0]
-    return source in layers and program.storages.get(layers[source].weight_name) in SPARSE
+    return source in layers and program.storages.get(layers[source].weight_name) in FEATURE_MAJOR

@@ -13,7 +13,7 @@ import mvpfx
 from tests.models import Batch, build
 
 MODELS = ("bert", "llama_cached", "gpt2")
-STORAGES = ("dense", "csr", "bsr")
+STORAGES = ("dense", "csr", "bsr", "native")
 _PRODUCERS = ("intermediate.dense", "gate_proj", "up_proj")
 _HEADS = {"attention.self.value": 8, "v_proj": 8}
 

@@ -12,7 +12,7 @@ from mvpfx.cost import (
     measure_storages,
     storage_bytes,
 )
-from mvpfx.storage import SparseLinear
+from mvpfx.storage import Layout, SparseLinear
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda p: p.stem)
@@ -31,13 +31,18 @@ def test_the_table_is_the_measured_one(path: Path) -> None:
 def test_bytes_are_those_of_the_layer() -> None:
     weight = torch.zeros(32, 16)
     weight[:16, :4] = 1
-    for storage, block in (("csr", 1), ("bsr", 4)):
-        layer = SparseLinear.from_dense(weight, block=block)
+    cases: tuple[tuple[str, int, Layout], ...] = (
+        ("csr", 1, "token_major"),
+        ("bsr", 4, "token_major"),
+        ("native", 1, "tiled"),
+    )
+    for storage, block, layout in cases:
+        layer = SparseLinear.from_dense(weight, None, block, layout)
         assert layer.storage == storage
         assert storage_bytes(storage, (32, 16), 64, 4, block) == layer.storage_bytes
     assert storage_bytes("reduced", (16, 4), 64, 4) == 256
     with pytest.raises(
-        ValueError, match=r"^unknown storage 'coo'; known: dense, reduced, csr, bsr$"
+        ValueError, match=r"^unknown storage 'coo'; known: dense, reduced, csr, bsr, native$"
     ):
         storage_bytes("coo", (1, 1), 1, 4)
 

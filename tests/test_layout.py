@@ -53,7 +53,7 @@ def test_the_link_to_the_passes_is_relative() -> None:
 
 @pytest.mark.parametrize("path", NOUNS, ids=relative)
 def test_only_the_api_imports_passes(path: Path) -> None:
-    if path != ROOT / "mvpfx" / "api.py":
+    if path.name not in ("api.py", "conversion.py"):
         assert imports_passes(path) == set()
 
 
@@ -100,3 +100,11 @@ def test_the_name_passes_is_refused() -> None:
         "ImportError: This folder is the package mvpfx.passes and was imported as 'passes'. "
         "Write `import mvpfx.passes` (or `from mvpfx.passes import ...`) instead."
     )
+
+
+def test_the_native_sources_are_those_that_are_built() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    (extension,) = settings["ext-modules"]
+    listed = {*extension["sources"], *extension["depends"]}
+    folder = ROOT / "mvpfx" / "kernels" / "src"
+    assert listed == {relative(path) for path in folder.iterdir() if path.suffix in (".cpp", ".h")}

@@ -1,0 +1,185 @@
+"""Conversion: what becomes of a pruned model for inference, and what loads it again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import fx, nn
+
+from mvpfx import store
+from mvpfx.comparison import compare_models
+from mvpfx.computed import duplicate
+from mvpfx.distributed import check_whole
+from mvpfx.facts import SPARSE
+from mvpfx.kernels.fused_region import FusedRegion
+from mvpfx.kernels.library import LIBRARY
+from mvpfx.passes.capture import Capture
+from mvpfx.passes.choose_storage import HOPELESS, ChooseStorage
+from mvpfx.passes.find_sites import FindSites
+from mvpfx.passes.fold_computed import FoldComputed
+from mvpfx.passes.fold_masks import FoldMasks
+from mvpfx.passes.fuse_tiles import FuseTiles
+from mvpfx.passes.insert_masks import InsertMasks
+from mvpfx.passes.lower_matmuls import LowerMatmuls
+from mvpfx.passes.propagate_layout import PropagateLayout
+from mvpfx.passes.shrink_dims import ShrinkDims
+from mvpfx.pipeline import Record, run
+from mvpfx.program import Program, copy_graph
+from mvpfx.recording import CaptureError
+from mvpfx.region import Region, captured, make_region, region_modules, region_of
+from mvpfx.report import make_report
+from mvpfx.state import State, attach_state, detach_state, find_state, unwrapped
+from mvpfx.storage import SparseLinear
+from mvpfx.swap import drop_runtimes, restore
+from mvpfx.totals import measure_totals
+
+
+def convert(
+    model: nn.Module, *, example_inputs: Any = None, lowering: str = "auto", multiple_of: int = 1
+) -> nn.Module:
+    """Lower a model with zeros in its weights to the smallest, fastest one that computes the same.
+
+    Masks are folded, dead channels and heads removed, and each weight gets the storage that is
+    fastest. The result is a plain module that runs without graphs, in eval mode; `model` is left as
+    it was. With example inputs the outputs of both are compared.
+
+    Args:
+        model: prepared by `prepare`, or any model with zeros in its weights.
+        example_inputs: one batch, as `model` is called with. Storages are measured on it. Without
+            it they come from a break-even table, and only a prepared model that was called before
+            has graphs in which dead channels can be found.
+        lowering: "auto" takes the fastest; "dense", "csr", "bsr" or "native" is
+            taken wherever it can be.
+        multiple_of: what the sizes of smaller weights are rounded up to a multiple of.
+
+    Returns:
+        A new model. `sparsity_table` and `explain` say what was done to it.
+
+    Raises:
+        ValueError: the example inputs do not fit, an option is unknown, a weight is read both
+            with its mask and without it under one name, weights are sharded over ranks, or a
+            wrapper may compute more than the prepared model in it (DDP is taken off).
+        RuntimeError: the outputs differ by more than `TOLERANCE` allows; nothing is returned.
+    """
+    shrink, choose, model = ShrinkDims(multiple_of), ChooseStorage(lowering), unwrapped(model)
+    check_whole(model)
+    source = duplicate(model).eval()
+    drop_runtimes(source)
+    state = find_state(model)
+    known = captured(model, state.regions) if state and example_inputs is None else {}
+    folding = (FoldComputed(), Capture(example_inputs), FindSites(), InsertMasks(), FoldMasks())
+    seen = Program(
+        source,
+        graphs={name: copy_graph(variant.graph) for name, variant in known.items()},
+        calls={name: variant.call for name, variant in known.items()},
+    )
+    folded, records = run(folding, seen)
+    _check_folded(folded)
+    shrunk, shrinking = run((shrink,), folded)
+    chosen, lowerings = run((choose, PropagateLayout(), LowerMatmuls()), shrunk)
+    small, comparison, name = _plain(chosen), None, "converted"
+    if example_inputs is not None:
+        versions = {"dense": _plain(folded), name: small}
+        others = _alternatives(chosen, shrunk) if lowering == "auto" else {}
+        versions |= {other: _plain(result) for other, (result, _) in others.items()}
+        comparison = compare_models(source, versions, example_inputs)
+        name = comparison.fastest(name, *others)
+        if name in others:
+            (chosen, lowerings), small = others[name], versions[name]
+    records = [*records, *shrinking, *lowerings]
+    totals = [measure_totals(version, example_inputs) for version in (folded.model, small)]
+    report = make_report(chosen, records, comparison, name, totals)
+    attach_state(small, State(records=records, report=report, graphs=chosen.graphs))
+    _forget_calls(small)
+    return small
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """A model that `save` saved, in eval mode, on the CPU.
+
+    Nothing in the folder is run: the model's class comes from transformers by its name, and every
+    size, shape and index is checked before it is used.
+
+    Args:
+        folder: where from.
+        model: for a class that is not in transformers: a model of it as it was before it was
+            pruned. It is changed in place and returned.
+
+    Raises:
+        ValueError: a file is missing, damaged, or does not fit; the text says which and where.
+    """
+    return fuse(store.load(folder, model))
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Let the parts of a converted model that have layers on native kernels run as chains.
+
+    Whatever holds a stack of blocks is tried as a whole first.
+    """
+    owners = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, SparseLinear) and module.output_layout == "tiled"
+    }
+    if owners and LIBRARY is not None:
+        inner = dict(region_modules(model, owners))
+        stacks = {name.rpartition(".")[0].rpartition(".")[0] for name in inner}
+        for name in {*inner, *stacks}:
+            region = FusedRegion(name, fuse_region, None, once=name not in inner)
+            make_region(model.get_submodule(name), region)
+    return model
+
+
+def fuse_region(module: nn.Module, region: Region, graph: fx.Graph) -> fx.Graph:
+    """Put chains into a graph that was recorded at a region's first call of its kind.
+
+    Raises:
+        CaptureError: there is nothing to fuse.
+    """
+    result, (record,) = run((FuseTiles(),), Program(module, graphs={"": graph}, regions=[""]))
+    for decision in record.decisions:
+        if not decision.applied:
+            raise CaptureError(decision.reason)
+    return result.graphs[""]
+
+
+def _forget_calls(model: nn.Module) -> None:
+    """Count no calls that were made to measure."""
+    for module in model.modules():
+        region = region_of(module)
+        if region is not None:
+            region.calls = 0
+            region.declined.clear()
+
+
+def _check_folded(program: Program) -> None:
+    for name in sorted(program.unfolded):
+        raise ValueError(
+            f"{name} is read by a matmul, with its mask, and elsewhere without it, so one stored "
+            "weight cannot serve both. Hold it under two names (a tied parameter), or leave it "
+            f'alone when preparing: overrides={{"{name}": None}}.'
+        )
+
+
+def _alternatives(chosen: Program, shrunk: Program) -> dict[str, tuple[Program, list[Record]]]:
+    """Other choices of storage worth a comparison end to end, where any site is sparse."""
+    if not any(storage in SPARSE for storage in chosen.storages.values()):
+        return {}
+    timed = replace(shrunk, timings=chosen.timings)
+    why = "alike for all sites, which is fastest end to end"
+    return {
+        f"all {storage}": run(
+            (ChooseStorage(storage, HOPELESS, why), PropagateLayout(), LowerMatmuls()), timed
+        )
+        for storage in ("dense", "csr", *(("native",) if LIBRARY is not None else ()))
+    }
+
+
+def _plain(program: Program) -> nn.Module:
+    """The model of a program, with its overlay written in and nothing of ours but the storages."""
+    model = duplicate(program.model)
+    restore(model)
+    detach_state(model)
+    return fuse(program.build(model).eval())

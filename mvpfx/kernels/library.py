@@ -1,0 +1,132 @@
+"""The native library: whether it is there, and its functions with their C types.
+
+It is built with the package where there is a C++ compiler; without it `torch.sparse` serves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+NAME = "_native"
+MISSING = "the native kernels were not built with this installation: it takes a C++ compiler"
+
+DTYPES = (torch.float32, torch.bfloat16)
+"""What native kernels take."""
+INSTRUCTIONS = ("avx512_bf16", "avx512", "avx2", "plain")
+"""Instruction sets that kernels are compiled for, the fastest first."""
+
+
+class CGeometry(ctypes.Structure):
+    """How many tokens there are: `sequences` of `tokens` each."""
+
+    _fields_ = (("sequences", c_int64), ("tokens", c_int64))
+
+
+class CSlice(ctypes.Structure):
+    """Features from `first` on, of tiled activations; `stride` floats from tile to tile.
+
+    Where the stride is 0 they lie in memory of the tile's own, where it is negative there are none.
+    """
+
+    _fields_ = (("data", c_void_p), ("stride", c_int64), ("first", c_int64))
+
+
+class CEpilogue(ctypes.Structure):
+    """What is done with a product: `activation(product + bias) * factor + addend`."""
+
+    _fields_ = (
+        ("bias", c_void_p),
+        ("activation", c_int),
+        ("factor", CSlice),
+        ("addend", CSlice),
+    )
+
+
+class CStep(ctypes.Structure):
+    """One step of a chain; `kind` says which members count."""
+
+    _fields_ = (
+        ("kind", c_int32),
+        ("flag", c_int32),
+        ("packed", c_void_p),
+        ("input", CSlice),
+        ("output", CSlice),
+        ("features", c_int64),
+        ("out_features", c_int64),
+        ("epilogue", CEpilogue),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("epsilon", c_float),
+        ("tensor", c_void_p),
+        ("sequence_stride", c_int64),
+        ("token_stride", c_int64),
+        ("heads", c_int64),
+        ("groups", c_int64),
+        ("mask_strides", c_int64 * 4),
+    )
+
+
+_FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
+    "mvpfx_isa": (c_char_p, ()),
+    "mvpfx_use_isa": (c_int, (c_char_p,)),
+    "mvpfx_halves": (c_int, ()),
+    "mvpfx_pack": (c_void_p, (c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_void_p)),
+    "mvpfx_free": (None, (c_void_p,)),
+    "mvpfx_run": (None, (POINTER(CGeometry), POINTER(CStep), c_int, c_int64, c_int)),
+}
+
+
+def no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why native kernels cannot compute with a weight; None where they can."""
+    if LIBRARY is None:
+        return MISSING
+    if device.type != "cpu":
+        return f"native kernels are for CPUs, not for {device.type}"
+    if dtype not in DTYPES:
+        return f"native kernels take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def open_library(path: Path) -> ctypes.CDLL | None:
+    """The library in one file, with the types of its functions; None where it is another one."""
+    try:
+        found = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(found, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError):
+        return None
+    return found
+
+
+def isa() -> str | None:
+    """The instruction set in use, one of `INSTRUCTIONS`; None without the library."""
+    found = LIBRARY
+    return None if found is None else found.mvpfx_isa().decode()
+
+
+def use_isa(name: str) -> None:
+    """Use another instruction set of this processor, for tests and measurements.
+
+    Raises:
+        ValueError: the processor does not have it, or there is no library.
+    """
+    found = LIBRARY
+    if found is None or not found.mvpfx_use_isa(name.encode()):
+        why = MISSING if found is None else f"this processor's is {isa()}"
+        raise ValueError(f'instruction set "{name}" cannot be used: {why}.')
+
+
+def _find() -> ctypes.CDLL | None:
+    folder = Path(__file__).parent
+    paths = (folder / f"{NAME}{suffix}" for suffix in EXTENSION_SUFFIXES)
+    return next((open_library(path) for path in paths if path.is_file()), None)
+
+
+LIBRARY = _find()
+"""The library; None where it was not built or cannot be loaded."""

@@ -1,0 +1,203 @@
+"""A chain with all pointers in place, for calls of one size in one thread.
+
+What a call brings along is written into the steps; all else is looked at again only where a weight
+has changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from ctypes import byref, c_int64
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mvpfx.kernels.library import DTYPES, LIBRARY, CSlice, CStep
+from mvpfx.kernels.step import Part, Step
+from mvpfx.kernels.tiles import TILE, Tiles, geometry_of, padded_tokens, workspace
+from mvpfx.kernels.weight import PackedWeight, Watch
+
+if TYPE_CHECKING:
+    from mvpfx.kernels.chain import Chain
+
+ACTIVATIONS = {
+    None: 0,
+    "gelu": 1,
+    "gelu_tanh": 2,
+    "relu": 3,
+    "silu": 4,
+    "tanh": 5,
+    "sigmoid": 6,
+}
+"""Name -> the library's number."""
+_KINDS = {"enter": 0, "leave": 1, "multiply": 2, "normalize": 3, "combine": 4, "attend": 5}
+_NOTHING = CSlice(None, -1, 0)
+
+
+class PreparedChain:
+    """The steps of a chain as the library takes them.
+
+    Args:
+        chain: whose steps they are.
+        like: the tensor or tiles that tell how many tokens there are.
+        arguments: of a call.
+        packed: the weight of each "multiply"; None for other steps.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        like: Tiles | Tensor,
+        arguments: Sequence[Any],
+        packed: Sequence[PackedWeight | None],
+    ) -> None:
+        self._chain = chain
+        tiled = isinstance(like, Tiles)
+        self.front = like.front if tiled else tuple(like.shape[:-1])
+        self.dtype = like.dtype
+        self.geometry = like.geometry if tiled else geometry_of(like)
+        self._check_dtypes(arguments)
+        self._watch = Watch()
+        self._tiles = [
+            (place.argument, arguments[place.argument].data.data_ptr())
+            for place in chain.places
+            if place.argument is not None
+        ]
+        self._held = self._values(arguments)
+        self._results = tuple(self._held[value] for value in chain.results)
+        ends = (p.offset + p.features for p in chain.places if p.offset is not None)
+        self._scratch = TILE * max(ends, default=0)
+        self._alive: list[Any] = list(packed)
+        self._calls = (CStep * len(chain.steps))()
+        self._entering: list[tuple[CStep, int]] = []
+        self._leaving: list[tuple[CStep, int]] = []
+        self._masked: list[tuple[CStep, int, int]] = []
+        for call, step, weight in zip(self._calls, chain.steps, packed, strict=True):
+            self._fill(call, step, weight, arguments)
+
+    def _check_dtypes(self, arguments: Sequence[Any]) -> None:
+        found = {self.dtype}
+        for step in self._chain.steps:
+            if step.kind == "enter":
+                found.add(arguments[step.sources[0]].dtype)
+            elif step.kind == "multiply":
+                found |= {arguments[source].values.dtype for source in step.sources}
+        if found - set(DTYPES) or len(found) > 1:
+            kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+            raise TypeError(
+                f"native kernels met {kinds}, and take float32 or bfloat16, alike for activations "
+                "and weights. Convert the whole model with .to(dtype)."
+            )
+
+    def serves(self, arguments: Sequence[Any]) -> bool:
+        """Whether a call of these sizes has these tiles and these weights."""
+        same = all(arguments[i].data.data_ptr() == pointer for i, pointer in self._tiles)
+        return same and self._watch.holds(arguments)
+
+    def run(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """Run the steps: tiles that are handed on, then tensors that leave."""
+        entered = [self._enter(call, arguments[source]) for call, source in self._entering]
+        masks: dict[tuple[int, int], Tensor] = {}
+        for call, source, heads in self._masked:
+            self._mask(call, arguments[source], masks, (source, heads))
+        left: list[Tensor] = []
+        for call, width in self._leaving:
+            out = torch.empty(*self.front, width, dtype=self.dtype)
+            call.tensor = out.data_ptr()
+            left.append(out)
+        assert LIBRARY is not None, "whoever makes chains has looked for the library"
+        threads = torch.get_num_threads()
+        LIBRARY.mvpfx_run(
+            byref(self.geometry), self._calls, len(self._calls), self._scratch, threads
+        )
+        del entered, masks  # which had to live until now
+        return (*self._results, *left)
+
+    def _values(self, arguments: Sequence[Any]) -> dict[int, Tiles]:
+        """The values that lie outside of the tiles' own memory."""
+        held: dict[int, Tiles] = {}
+        for number, place in enumerate(self._chain.places):
+            if place.argument is not None:
+                held[number] = arguments[place.argument]
+            elif place.slot is not None:
+                width, most = place.features, self._chain.slots[place.slot]
+                data = workspace.room(place.slot, padded_tokens(self.geometry) * most)
+                held[number] = Tiles(data, self.geometry, width, 0, width, self.front, self.dtype)
+        return held
+
+    def _fill(
+        self, call: CStep, step: Step, packed: PackedWeight | None, arguments: Sequence[Any]
+    ) -> None:
+        call.kind = _KINDS[step.kind]
+        call.epsilon = step.epsilon
+        call.flag = self.dtype is torch.bfloat16
+        part = step.out if step.x is None else step.x
+        assert part is not None, "a step reads or makes something"
+        call.features = part.width
+        call.input = self._slice(step.x)
+        call.output = self._slice(step.out)
+        call.epilogue.activation = ACTIVATIONS[step.activation]
+        call.epilogue.factor = self._slice(step.factor)
+        call.epilogue.addend = self._slice(step.addend)
+        if packed is not None:
+            call.packed = packed.handle
+            call.epilogue.bias = None if packed.bias is None else packed.bias.data_ptr()
+            for source in step.sources:
+                self._watch.layer(source, arguments[source])
+        elif step.kind == "attend":
+            assert step.out is not None, "an attention makes something"
+            call.flag, call.epsilon, call.out_features = step.causal, step.scale, step.out.width
+            call.heads, call.groups = step.heads, step.groups
+            if step.sources[0] >= 0:
+                self._masked.append((call, step.sources[0], step.heads))
+        elif step.kind == "normalize":
+            call.flag = step.centred
+            self._fill_norm(call, step, arguments)
+        elif step.kind == "enter":
+            self._entering.append((call, step.sources[0]))
+        elif step.kind == "leave":
+            call.sequence_stride = self.geometry.tokens * part.width
+            call.token_stride = part.width
+            self._leaving.append((call, part.width))
+
+    def _fill_norm(self, call: CStep, step: Step, arguments: Sequence[Any]) -> None:
+        for name, source in zip(("weight", "bias"), step.sources, strict=True):
+            given = arguments[source] if source >= 0 else None
+            if given is not None:
+                self._watch.tensor(source, given)
+                tensor = given.detach().float().contiguous()
+                self._alive.append(tensor)
+                setattr(call, name, tensor.data_ptr())
+
+    def _slice(self, part: Part | None) -> CSlice:
+        if part is None:
+            return _NOTHING
+        offset = self._chain.places[part.value].offset
+        if offset is not None:
+            # A feature takes as many floats in the tile's own memory as it does elsewhere.
+            return CSlice(None, 0, offset + part.first)
+        tiles = self._held[part.value]
+        return CSlice(tiles.data.data_ptr(), tiles.features * TILE, tiles.first + part.first)
+
+    def _enter(self, call: CStep, x: Tensor) -> Tensor:
+        """Point a step at the tensor that enters; returned, for it has to live on."""
+        if x.dim() != 3 or x.stride(2) != 1:
+            x = x.reshape(self.geometry.sequences, self.geometry.tokens, x.shape[-1])
+            x = x if x.stride(2) == 1 else x.contiguous()
+        call.tensor = x.data_ptr()
+        call.sequence_stride, call.token_stride, _ = x.stride()
+        return x
+
+    def _mask(
+        self, call: CStep, mask: Tensor, known: dict[tuple[int, int], Tensor], key: tuple[int, int]
+    ) -> None:
+        """Point an attention at its mask, as what is added to scores `[B, heads, S, S]`."""
+        if key not in known:
+            if mask.dtype is torch.bool:
+                mask = torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
+            tokens = self.geometry.tokens
+            known[key] = mask.float().expand(self.geometry.sequences, key[1], tokens, tokens)
+        call.tensor = known[key].data_ptr()
+        call.mask_strides = (c_int64 * 4)(*known[key].stride())

@@ -1,0 +1,183 @@
+// Scaled dot-product attention on tiled activations.
+//
+// Scores are kept with one row a key and one column a query, so that the softmax goes down columns
+// and nothing is ever summed across a vector.
+#pragma once
+
+#include "attention_call.h"
+#include "vector.h"
+
+namespace KERNEL_ISA {
+
+// Features of one head, of one sequence: tile after tile, each [features, 64].
+struct Head {
+  const float* data;
+  int64_t stride;  // floats from tile to tile
+};
+
+// One head of a sequence as it lies, where sequences are whole tiles; else a copy in `room`.
+inline Head head_of(const Geometry& geometry, const Slice& slice, int64_t first, int64_t features,
+                    int64_t sequence, float* room) {
+  int64_t padded = geometry.padded(), base = sequence * padded;
+  if (padded % kTile == 0) return {slice.at(base / kTile, first, kTile), slice.stride};
+  for (int64_t at = 0; at < padded; at += kChunk) {
+    int64_t tile = (base + at) / kTile, lane = (base + at) % kTile;
+    int width = geometry.width(tile);
+    const float* from = slice.at(tile, first, width) + lane;
+    float* to = room + at / kTile * kTile * features + at % kTile;
+    for (int64_t f = 0; f < features; ++f)
+      std::memcpy(to + f * kTile, from + f * width, kChunk * sizeof(float));
+  }
+  return {room, kTile * features};
+}
+
+// out[r, :] (+)= sum over i of left[i * left_step + r * left_row] * right[i, :], for kCount rows and
+// kVectors vectors; rows of `right` and `out` are 64 wide.
+template <int kCount, int kVectors>
+inline void product(const float* left, int64_t left_row, int64_t left_step, const float* right,
+                    int64_t length, float* out, bool more) {
+  Vector sums[kCount][kVectors] = {};
+  if (more)
+    for (int r = 0; r < kCount; ++r)
+      for (int t = 0; t < kVectors; ++t) sums[r][t] = load(out + r * kTile + t * kLanes);
+  for (int64_t i = 0; i < length; ++i) {
+    Vector x[kVectors];
+#pragma GCC unroll 4
+    for (int t = 0; t < kVectors; ++t) x[t] = load(right + i * kTile + t * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kCount; ++r) {
+      Vector w = broadcast(left[i * left_step + r * left_row]);
+#pragma GCC unroll 4
+      for (int t = 0; t < kVectors; ++t) sums[r][t] += w * x[t];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kCount; ++r)
+#pragma GCC unroll 4
+    for (int t = 0; t < kVectors; ++t) store(out + r * kTile + t * kLanes, sums[r][t]);
+}
+
+template <int kVectors>
+inline void products(const float* left, int64_t left_row, int64_t left_step, const float* right,
+                     int64_t length, float* out, int64_t rows, bool more) {
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows)
+    product<kRows, kVectors>(left + r * left_row, left_row, left_step, right, length,
+                             out + r * kTile, more);
+  for (; r < rows; ++r)
+    product<1, kVectors>(left + r * left_row, left_row, left_step, right, length, out + r * kTile,
+                         more);
+}
+
+// The same for `queries` columns, a multiple of 16.
+inline void wide_products(const float* left, int64_t left_row, int64_t left_step,
+                          const float* right, int64_t length, float* out, int64_t rows,
+                          int64_t queries, bool more) {
+  int64_t vectors = queries / kLanes, done = 0;
+  for (; vectors - done >= kWide; done += kWide)
+    products<kWide>(left, left_row, left_step, right + done * kLanes, length, out + done * kLanes,
+                    rows, more);
+  for (; done < vectors; ++done)
+    products<1>(left, left_row, left_step, right + done * kLanes, length, out + done * kLanes, rows,
+                more);
+}
+
+inline void add_mask(const Attention& a, int64_t sequence, int64_t head, int64_t first,
+                     int64_t queries, int64_t keys, float* scores) {
+  const float* mask =
+      a.mask + sequence * a.mask_strides[0] + head * a.mask_strides[1];
+  for (int64_t j = 0; j < keys; ++j) {
+    float* row = scores + j * kTile;
+    const float* column = mask + j * a.mask_strides[3];
+    if (a.mask_strides[2] == 0) {
+      if (column[0] == 0.0f) continue;
+      for (int64_t i = 0; i < queries; i += kLanes) store(row + i, load(row + i) + column[0]);
+    } else {
+      int64_t there = a.geometry.tokens - first < queries ? a.geometry.tokens - first : queries;
+      for (int64_t i = 0; i < there; ++i) row[i] += column[(first + i) * a.mask_strides[2]];
+    }
+  }
+}
+
+// exp(score - largest) over the keys of each query, and one over what that sums to. A query that
+// sees no key gets nothing: zeros.
+template <int kVectors>
+inline void softmax_strip(float* scores, int64_t keys, float scale, float* inverse) {
+  Vector most[kVectors], sums[kVectors] = {};
+  for (int t = 0; t < kVectors; ++t) most[t] = load(scores + t * kLanes);
+  for (int64_t j = 1; j < keys; ++j)
+    for (int t = 0; t < kVectors; ++t)
+      most[t] = at_least(most[t], load(scores + j * kTile + t * kLanes));
+  for (int t = 0; t < kVectors; ++t) most[t] = most[t] == -__builtin_inff() ? Vector{} : most[t];
+  for (int64_t j = 0; j < keys; ++j) {
+    float* row = scores + j * kTile;
+    Vector values[kVectors];
+    for (int t = 0; t < kVectors; ++t) values[t] = (load(row + t * kLanes) - most[t]) * scale;
+    exponentials<kVectors>(values);
+    for (int t = 0; t < kVectors; ++t) {
+      sums[t] += values[t];
+      store(row + t * kLanes, values[t]);
+    }
+  }
+  for (int t = 0; t < kVectors; ++t)
+    store(inverse + t * kLanes, sums[t] == 0.0f ? Vector{} : 1.0f / sums[t]);
+}
+
+inline void softmax(float* scores, int64_t keys, int64_t queries, float scale, float* inverse) {
+  int64_t vectors = queries / kLanes, done = 0;
+  for (; vectors - done >= kWide; done += kWide)
+    softmax_strip<kWide>(scores + done * kLanes, keys, scale, inverse + done * kLanes);
+  for (; done < vectors; ++done)
+    softmax_strip<1>(scores + done * kLanes, keys, scale, inverse + done * kLanes);
+}
+
+// One tile of queries of one head, or what there is of it.
+inline void attend_tile(const Attention& a, int64_t sequence, int64_t head, int64_t first,
+                        const Head& query, const Head& key, const Head& value, float* scratch) {
+  const Geometry& g = a.geometry;
+  int64_t left = g.padded() - first, queries = left < kTile ? left : kTile;
+  int64_t seen = a.causal && first + queries < g.tokens ? first + queries : g.tokens;
+  float* result = scratch;
+  float* scores = result + kTile * a.out_width;
+  float inverse[kTile] __attribute__((aligned(64)));
+  const float* q = query.data + first / kTile * query.stride;
+  for (int64_t j = 0; j < seen; j += kTile)
+    wide_products(key.data + j / kTile * key.stride, 1, kTile, q, a.width, scores + j * kTile,
+                  seen - j < kTile ? seen - j : kTile, queries, false);
+  bool masked = a.mask || a.causal;
+  if (masked) {
+    for (int64_t i = 0; i < seen * kTile; i += kLanes)
+      store(scores + i, load(scores + i) * a.scale);
+    if (a.mask) add_mask(a, sequence, head, first, queries, seen, scores);
+    for (int64_t j = first + 1; a.causal && j < seen; ++j)
+      for (int64_t i = 0; i < queries && first + i < j; ++i)
+        scores[j * kTile + i] = -__builtin_inff();
+  }
+  softmax(scores, seen, queries, masked ? 1.0f : a.scale, inverse);
+  for (int64_t j = 0; j < seen; j += kTile)
+    wide_products(value.data + j / kTile * value.stride, kTile, 1, scores + j * kTile,
+                  seen - j < kTile ? seen - j : kTile, result, a.out_width, queries, j > 0);
+  int64_t base = sequence * g.padded() + first;
+  for (int64_t r = 0; r < a.out_width; ++r)
+    for (int64_t at = 0; at < queries; at += kLanes) {
+      int64_t tile = (base + at) / kTile, lane = (base + at) % kTile;
+      store(a.output.at(tile, head * a.out_width + r, g.width(tile)) + lane,
+            load(result + r * kTile + at) * load(inverse + at));
+    }
+}
+
+// All queries of one head of one sequence.
+void attend(const Attention& a, int64_t sequence, int64_t head, float* scratch) {
+  int64_t group = head / (a.heads / a.groups), tiles = a.tiles();
+  float* keys = scratch;
+  float* values = keys + tiles * kTile * a.width;
+  float* queries = values + tiles * kTile * a.out_width;
+  float* rest = queries + tiles * kTile * a.width;
+  Head key = head_of(a.geometry, a.key, group * a.width, a.width, sequence, keys);
+  Head value = head_of(a.geometry, a.value, group * a.out_width, a.out_width, sequence, values);
+  Head query = head_of(a.geometry, a.query, head * a.width, a.width, sequence, queries);
+  for (int64_t first = 0; first < a.geometry.padded(); first += kTile)
+    attend_tile(a, sequence, head, first, query, key, value, rest);
+}
+
+}  // namespace KERNEL_ISA

@@ -1,0 +1,25 @@
+// The arguments of attention.
+#pragma once
+
+#include "tiles.h"
+
+// What one call computes. The mask is added to the scaled scores; its strides may be 0.
+struct Attention {
+  Geometry geometry;
+  Slice query, key, value, output;
+  int64_t heads, groups;    // groups of heads share a key and a value
+  int64_t width, out_width;  // features of a head: of query and key, of value
+  float scale;
+  bool causal;
+  const float* mask;  // nullptr, or [sequences, heads, queries, keys]
+  int64_t mask_strides[4];
+
+  // Tiles of one sequence, were they its own.
+  int64_t tiles() const { return (geometry.padded() + kTile - 1) / kTile; }
+};
+
+// Floats that `attend` needs for itself: keys, values and queries where they have to be copied,
+// the scores of one tile of queries, and its result.
+inline int64_t scratch_floats(const Attention& a) {
+  return kTile * (a.tiles() * (2 * a.width + a.out_width + kTile) + a.out_width);
+}

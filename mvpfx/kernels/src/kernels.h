@@ -1,0 +1,22 @@
+// All kernels, for the instruction set that the including file has chosen: KERNEL_ISA (namespace),
+// KERNEL_VECTOR_BYTES, KERNEL_WIDE, KERNEL_ROWS, KERNEL_HALVES and KERNEL_TABLE.
+#include "attention.h"
+#include "edges.h"
+#include "multiply.h"
+#include "norm.h"
+#include "table.h"
+
+#define KERNEL_TEXT_(x) #x
+#define KERNEL_TEXT(x) KERNEL_TEXT_(x)
+
+const Kernels KERNEL_TABLE = {KERNEL_TEXT(KERNEL_ISA),
+                              KERNEL_HALVES,
+                              KERNEL_ISA::multiply,
+                              KERNEL_ISA::pair_features,
+                              KERNEL_ISA::normalize,
+                              KERNEL_ISA::combine,
+                              KERNEL_ISA::attend,
+                              KERNEL_ISA::enter<float>,
+                              KERNEL_ISA::enter<uint16_t>,
+                              KERNEL_ISA::leave<float>,
+                              KERNEL_ISA::leave<uint16_t>};

@@ -1,0 +1,204 @@
+// Sparse weight times tiled activations.
+#pragma once
+
+#include <type_traits>
+
+#include "packed.h"
+#include "vector.h"
+
+namespace KERNEL_ISA {
+
+// Some tokens of one tile, and what a block of weights reads and writes of them.
+struct Strip {
+  const float* input;  // first column of the block
+  float* output;       // first row of all
+  int64_t tile;
+  int width, lane;
+};
+
+// How the sums of a block begin and end.
+enum Stage { kMiddle = 0, kFirst = 1, kLast = 2, kOnly = 3 };
+template <int kStage>
+using Stage_ = std::integral_constant<int, kStage>;
+
+template <int kVectors>
+inline void finish(Vector (&sums)[kVectors], const Epilogue& epilogue, int64_t row,
+                   const Strip& strip) {
+  activate<kVectors>(sums, epilogue.activation);
+  for (int t = 0; t < kVectors; ++t) {
+    int lane = strip.lane + t * kLanes;
+    if (epilogue.factor.data)
+      sums[t] *= load(epilogue.factor.at(strip.tile, row, strip.width) + lane);
+    if (epilogue.addend.data)
+      sums[t] += load(epilogue.addend.at(strip.tile, row, strip.width) + lane);
+  }
+}
+
+// Where a column begins; offsets are those of a full tile.
+template <bool kFull>
+inline int64_t place(uint16_t offset, int width) {
+  return kFull ? offset : int64_t{offset} / kTile * width;
+}
+
+// sums + w * x, or of both halves.
+template <bool kHalves>
+inline Vector add_product(Vector sums, Vector w, Vector x) {
+  if constexpr (kHalves) return add_halves(sums, w, x);
+  return sums + w * x;
+}
+
+// A value for all tokens; where it is two halves it may look like a NaN, which is no matter to bits.
+template <bool kHalves>
+inline Vector spread(float value) {
+  if constexpr (!kHalves) return broadcast(value);
+  int32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return (Vector)(Ints{} + bits);
+}
+
+template <int kVectors, bool kHalves>
+inline void add_products(Vector (&sums)[kVectors], const float* value, const float* x) {
+  Vector w = spread<kHalves>(*value);
+#pragma GCC unroll 4
+  for (int t = 0; t < kVectors; ++t)
+    sums[t] = add_product<kHalves>(sums[t], w, load(x + t * kLanes));
+}
+
+// All units of a block, for kVectors vectors of tokens. kPlain: there is nothing to finish.
+template <int kGroup, bool kHalves, int kVectors, bool kFull, int kStage, bool kPlain>
+void multiply_strip(const Packed& packed, const Block& block, const Epilogue& epilogue,
+                    const Strip& strip) {
+  const int width = kFull ? kTile : strip.width;
+  const int32_t* unit = packed.units.data() + block.unit * (kGroup + 1);
+  const float* values = packed.values.data() + block.entry * kGroup;
+  const uint16_t* offsets = packed.offsets.data() + (kGroup == 2 ? 2 : 1) * block.entry;
+  for (int64_t u = 0; u < block.units; ++u, unit += kGroup + 1) {
+    Vector sums[kGroup][kVectors];
+    float* to[kGroup];
+#pragma GCC unroll 4
+    for (int r = 0; r < kGroup; ++r) {
+      to[r] = strip.output + int64_t{unit[r]} * width;
+      Vector bias = broadcast(kStage & kFirst && epilogue.bias ? epilogue.bias[unit[r]] : 0.0f);
+#pragma GCC unroll 4
+      for (int t = 0; t < kVectors; ++t)
+        sums[r][t] = kStage & kFirst ? bias : load(to[r] + t * kLanes);
+    }
+    const int32_t count = unit[kGroup];
+    if constexpr (kGroup == 2) {
+      // Loads are what the sums wait for, so offsets are read four at a time.
+      int32_t e = 0;
+      for (; e + 2 <= count; e += 2, values += 4, offsets += 4) {
+        uint64_t four;
+        std::memcpy(&four, offsets, sizeof(four));
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const uint16_t offset = static_cast<uint16_t>(four >> (16 * i));
+          add_products<kVectors, kHalves>(sums[i % 2], values + i,
+                                          strip.input + place<kFull>(offset, width));
+        }
+      }
+      if (e < count) {
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; ++r)
+          add_products<kVectors, kHalves>(sums[r], values + r,
+                                          strip.input + place<kFull>(offsets[r], width));
+        values += 2, offsets += 2;
+      }
+    } else {
+      for (int32_t e = 0; e < count; ++e, values += kGroup, ++offsets) {
+        const float* x = strip.input + place<kFull>(offsets[0], width);
+        Vector xs[kVectors];
+#pragma GCC unroll 4
+        for (int t = 0; t < kVectors; ++t) xs[t] = load(x + t * kLanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < kGroup; ++r) {
+          Vector w = spread<kHalves>(values[r]);
+#pragma GCC unroll 4
+          for (int t = 0; t < kVectors; ++t)
+            sums[r][t] = add_product<kHalves>(sums[r][t], w, xs[t]);
+        }
+      }
+    }
+    // The last row first: one that stands in for a missing row is written over by the row itself.
+#pragma GCC unroll 4
+    for (int r = kGroup - 1; r >= 0; --r) {
+      if constexpr (!kPlain) finish<kVectors>(sums[r], epilogue, unit[r], strip);
+#pragma GCC unroll 4
+      for (int t = 0; t < kVectors; ++t) store(to[r] + t * kLanes, sums[r][t]);
+    }
+  }
+}
+
+template <int kGroup, bool kHalves, int kVectors, bool kFull>
+void multiply_stage(const Packed& packed, const Block& block, const Epilogue& epilogue,
+                    const Strip& strip, int stage) {
+  bool plain = epilogue.activation == kNone && !epilogue.factor.data && !epilogue.addend.data;
+  auto run = [&](auto chosen, auto nothing) {
+    multiply_strip<kGroup, kHalves, kVectors, kFull, chosen(), nothing()>(packed, block, epilogue,
+                                                                          strip);
+  };
+  constexpr std::true_type nothing;
+  constexpr std::false_type something;
+  if (stage == kFirst || (stage == kOnly && plain)) return run(Stage_<kFirst>{}, nothing);
+  if (stage == kMiddle || plain) return run(Stage_<kMiddle>{}, nothing);
+  if (stage == kLast) return run(Stage_<kLast>{}, something);
+  run(Stage_<kOnly>{}, something);
+}
+
+template <int kGroup, bool kHalves>
+void multiply_tile(const Packed& packed, const Block& block, const Epilogue& epilogue,
+                   Strip strip, int stage) {
+  const float* input = strip.input;
+  float* output = strip.output;
+  int step = strip.width == kTile || strip.width % (kWide * kLanes) == 0 ? kWide : 1;
+  for (; strip.lane < strip.width; strip.lane += step * kLanes) {
+    strip.input = input + strip.lane;
+    strip.output = output + strip.lane;
+    if (strip.width == kTile)
+      multiply_stage<kGroup, kHalves, kWide, true>(packed, block, epilogue, strip, stage);
+    else if (step == kWide)
+      multiply_stage<kGroup, kHalves, kWide, false>(packed, block, epilogue, strip, stage);
+    else
+      multiply_stage<kGroup, kHalves, 1, false>(packed, block, epilogue, strip, stage);
+  }
+}
+
+// One panel of rows for one tile, whose first feature (or pair of features) is at `input`.
+template <int kGroup, bool kHalves>
+void multiply_panel(const Packed& packed, int64_t panel, int64_t tile, int width,
+                    const float* input, float* output, const Epilogue& epilogue) {
+  int64_t depths = packed.depths();
+  for (int64_t q = 0; q < depths; ++q) {
+    const Block& block = packed.blocks[panel * depths + q];
+    int stage = (q == 0 ? kFirst : 0) | (q == depths - 1 ? kLast : 0);
+    Strip strip{input + q * packed.depth * width, output, tile, width, 0};
+    multiply_tile<kGroup, kHalves>(packed, block, epilogue, strip, stage);
+  }
+}
+
+// Panels [first, last) for one tile.
+void multiply(const Packed& packed, int64_t first, int64_t last, const Geometry& geometry,
+              int64_t tile, const float* input, const Slice& output, const Epilogue& epilogue) {
+  int width = geometry.width(tile);
+  auto panel = packed.halves ? (packed.group == 2 ? multiply_panel<2, true> : multiply_panel<4, true>)
+                             : (packed.group == 2 ? multiply_panel<2, false>
+                                                  : multiply_panel<4, false>);
+  for (int64_t at = first; at < last; ++at)
+    panel(packed, at, tile, width, input, output.at(tile, 0, width), epilogue);
+}
+
+// Pairs of neighbouring features of one tile as bfloat16, as `halves` of a weight meet them.
+void pair_features(int64_t features, int width, const float* input, float* pairs) {
+  constexpr int kVectors = kChunk / kLanes;
+  for (int64_t f = 0; f < features; f += 2, pairs += width) {
+    const float* low = input + f * width;
+    for (int lane = 0; lane < width; lane += kChunk)
+      for (int t = 0; t < kVectors; ++t) {
+        int at = lane + t * kLanes;
+        Vector high = f + 1 < features ? load(low + width + at) : Vector{};
+        store(pairs + at, join_halves(load(low + at), high));
+      }
+  }
+}
+
+}  // namespace KERNEL_ISA

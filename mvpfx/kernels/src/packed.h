@@ -1,0 +1,35 @@
+// A sparse matrix in the order in which the kernels read it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+// Rows and columns whose activations stay in cache while they are multiplied.
+struct Block {
+  int64_t unit, units;  // the first, and how many
+  int64_t entry;        // the first entry of its first unit
+};
+
+struct Packed {
+  int64_t rows;
+  int64_t columns;    // of pairs, where `halves`
+  bool halves;        // a value is two bfloat16, of neighbouring columns, in the place of a float
+  int group;          // rows of a unit: 2 or 4
+  int64_t panel;      // rows of a block
+  int64_t depth;      // columns of a block
+  std::vector<Block> blocks;  // panel by panel, within it by columns
+  // Rows that are computed together, two with nonzeros of their own or four that share columns: their
+  // numbers, then how many entries they have. Where rows are missing the first stands in, with zeros.
+  std::vector<int32_t> units;
+  // Of a pair an entry is two offsets and two values, of four rows one offset and four values.
+  // An offset is that of a column within its block, in tokens of a full tile.
+  std::vector<uint16_t> offsets;
+  std::vector<float> values;
+  int64_t panels() const { return (rows + panel - 1) / panel; }
+  // At least one, for the bias.
+  int64_t depths() const { return columns ? (columns + depth - 1) / depth : 1; }
+};
+
+// With `halves` the values have to be numbers that bfloat16 has.
+Packed* pack(int64_t rows, int64_t columns, int64_t block, bool halves, const int32_t* row_starts,
+             const int32_t* column_indices, const float* values);

@@ -1,0 +1,45 @@
+// The layout that the kernels compute in.
+//
+// Activations [sequences, tokens, features] are kept as tiles of 64 tokens, within a tile feature by
+// feature: one weight meets 64 tokens that lie side by side. Every sequence is padded to a multiple
+// of 16 tokens, so that 16 neighbours never belong to two sequences. The last tile may be narrower,
+// by multiples of 16.
+#pragma once
+
+#include <cstdint>
+
+constexpr int kTile = 64;
+constexpr int kChunk = 16;
+
+enum Activation { kNone = 0, kGelu, kGeluTanh, kRelu, kSilu, kTanh, kSigmoid };
+
+// How many tokens there are, and where.
+struct Geometry {
+  int64_t sequences;
+  int64_t tokens;  // of one sequence
+  int64_t padded() const { return (tokens + kChunk - 1) / kChunk * kChunk; }
+  int64_t total() const { return sequences * padded(); }
+  int64_t tiles() const { return (total() + kTile - 1) / kTile; }
+  int width(int64_t tile) const {
+    int64_t rest = total() - tile * kTile;
+    return rest < kTile ? static_cast<int>(rest) : kTile;
+  }
+};
+
+// Some neighbouring features of tiled activations.
+struct Slice {
+  float* data;     // of all features; nullptr where there are none
+  int64_t stride;  // floats from one full tile to the next; 0: in memory of the tile's own
+  int64_t first;   // feature of the slice
+  float* at(int64_t tile, int64_t feature, int width) const {
+    return data + tile * stride + (first + feature) * width;
+  }
+};
+
+// What is done with a product before it is stored: activation(product + bias) * factor + addend.
+struct Epilogue {
+  const float* bias;  // [rows] or nullptr
+  int activation;
+  Slice factor;
+  Slice addend;
+};

@@ -1,0 +1,287 @@
+"""Native kernels against float64, on every instruction set that this machine has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvpfx.kernels.chain import Chain
+from mvpfx.kernels.library import INSTRUCTIONS, LIBRARY, MISSING, isa, use_isa
+from mvpfx.kernels.step import Part, Place, Step
+from mvpfx.storage import SparseLinear
+
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason=MISSING)
+
+SHAPES = ((128, 64), (1, 7), (3, 77, 96), (2, 33, 130), (5, 16, 48), (1, 1, 5), (2, 3, 65, 31))
+"""Of activations: whole tiles, single tokens, sequences that fill no chunk, odd features."""
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+@pytest.fixture(params=INSTRUCTIONS, autouse=True)
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    best = isa()
+    assert best is not None
+    try:
+        use_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    use_isa(best)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def through(x: Tensor, *middle: Step, width: int, others: tuple[Tensor, ...] = ()) -> Tensor:
+    """What steps between entering and leaving make of `x` (value 0) as value 1; other tensors enter
+    as values 2, 3 and so on.
+    """
+    columns = x.shape[-1]
+    places = [Place(columns, offset=0), Place(width, offset=columns)]
+    steps = [Step("enter", None, Part(0, 0, columns), (0,))]
+    for number, other in enumerate(others, 2):
+        features = other.shape[-1]
+        steps.append(Step("enter", None, Part(number, 0, features), (number,)))
+        end = (places[-1].offset or 0) + places[-1].features
+        places.append(Place(features, offset=end))
+    steps += [*middle, Step("leave", Part(1, 0, width), None)]
+    return Chain(steps, places, ())(x, *ARGUMENTS, *others)[0]
+
+
+ARGUMENTS: list[object] = []
+"""The sparse layer or norm weight that the steps refer to as argument 1."""
+
+
+def multiplied(layer: SparseLinear, x: Tensor, **after: str | Tensor) -> Tensor:
+    """The product; `activation`, `factor` and `addend` where they are given."""
+    ARGUMENTS[:] = [layer]
+    rows, others = layer.out_features, tuple(t for t in after.values() if isinstance(t, Tensor))
+    activation = after.get("activation")
+    factor, addend = (Part(2, 0, rows), Part(3, 0, rows)) if others else (None, None)
+    step = Step(
+        "multiply",
+        Part(0, 0, x.shape[-1]),
+        Part(1, 0, rows),
+        (1,),
+        activation if isinstance(activation, str) else None,
+        factor,
+        addend,
+    )
+    return through(x, step, width=rows, others=others)
+
+
+def largest(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_activations_enter_and_leave_as_they_are(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    ARGUMENTS[:] = [None]
+    copy = Step("combine", Part(0, 0, shape[-1]), Part(1, 0, shape[-1]))
+    assert torch.equal(through(x, copy, width=shape[-1]), x)
+    assert torch.equal(through(x.bfloat16(), copy, width=shape[-1]), x.bfloat16())
+    wide = torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
+    assert torch.equal(through(wide, copy, width=shape[-1]), wide)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_those_of_torch(name: str) -> None:
+    x = torch.cat((torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-30, 87.0, -200.0])))
+    ARGUMENTS[:] = [None]
+    step = Step("combine", Part(0, 0, 1), Part(1, 0, 1), activation=name)
+    found = through(x[:, None], step, width=1)[:, 0]
+    wanted = ACTIVATIONS[name](x.double())
+    assert largest(found, wanted) <= 2e-6
+    lost = through(torch.full((20, 1), float("nan")), step, width=1)
+    assert lost.isnan().all()
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[-1] > 1], ids=str)
+@pytest.mark.parametrize("centred", [True, False])
+def test_norms(shape: tuple[int, ...], centred: bool) -> None:
+    x, width = 3 + 5 * torch.randn(shape), shape[-1]
+    weight, bias = torch.randn(width), torch.randn(width)
+    ARGUMENTS[:] = [weight, bias]
+    step = Step(
+        "normalize",
+        Part(0, 0, width),
+        Part(1, 0, width),
+        (1, 2 if centred else -1),
+        epsilon=1e-5,
+        centred=centred,
+    )
+    found = through(x, step, width=width)
+    x, weight, bias = x.double(), weight.double(), bias.double()
+    wanted = F.layer_norm(x, (width,), weight, bias) if centred else None
+    wanted = F.rms_norm(x, (width,), weight, 1e-5) if wanted is None else wanted
+    assert largest(found, wanted) <= 2e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("density", [0.0, 0.03, 0.2, 1.0])
+def test_sparse_weights(shape: tuple[int, ...], density: float) -> None:
+    x, columns = torch.randn(shape), shape[-1]
+    for rows in (1, 33, 768):
+        weight = torch.randn(rows, columns) * (torch.rand(rows, columns) < density)
+        layer = SparseLinear.from_dense(weight, torch.randn(rows))
+        assert layer.bias is not None
+        wanted = F.linear(x.double(), weight.double(), layer.bias.double())
+        bound = 1e-6 * (1 + columns)
+        assert largest(multiplied(layer, x), wanted) <= bound
+        factor, addend = torch.randn(*shape[:-1], rows), torch.randn(*shape[:-1], rows)
+        found = multiplied(layer, x, activation="gelu", factor=factor, addend=addend)
+        assert largest(found, F.gelu(wanted) * factor + addend) <= 10 * bound
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("block", [(1, 1), (4, 4)], ids=str)
+def test_bfloat16_is_summed_in_float32(shape: tuple[int, ...], block: tuple[int, int]) -> None:
+    """One large sum, which bfloat16 alone would lose what is small of."""
+    columns = shape[-1]
+    for rows in (3, 800):
+        grid = torch.rand(-(-rows // block[0]), -(-columns // block[1])) < 0.4
+        mask = grid.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[:rows, :columns]
+        weight = (torch.randn(rows, columns) * mask).bfloat16()
+        x, bias = torch.randn(shape).bfloat16(), torch.randn(rows).bfloat16()
+        wanted = F.linear(x.double(), weight.double(), bias.double())
+        found = multiplied(SparseLinear.from_dense(weight, bias), x)
+        assert found.dtype is torch.bfloat16
+        assert ((found - wanted).abs() <= 2**-8 * wanted.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("first", INSTRUCTIONS)
+def test_what_was_packed_for_one_instruction_set_runs_on_another(
+    first: str, instructions: str
+) -> None:
+    weight = (torch.randn(40, 33) * (torch.rand(40, 33) < 0.3)).bfloat16()
+    layer, x = (
+        SparseLinear.from_dense(weight, output_layout="tiled"),
+        torch.randn(70, 33).bfloat16(),
+    )
+    try:
+        use_isa(first)
+    except ValueError as error:
+        pytest.skip(str(error))
+    wanted = layer(x)
+    use_isa(instructions)
+    assert ((layer(x) - wanted).abs() <= 2**-7 * wanted.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("block", [(1, 4), (4, 1), (4, 4), (1, 16), (16, 16), (32, 32)], ids=str)
+def test_blocks_and_column_blocks(block: tuple[int, int]) -> None:
+    """More columns than are taken at once, more rows than a panel has, empty rows."""
+    rows, columns = 800, 1216
+    kept = torch.rand(rows // block[0], columns // block[1]) < 0.1
+    kept[:3] = False
+    mask = kept.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    weight = torch.randn(rows, columns) * mask
+    x = torch.randn(2, 70, columns)
+    wanted = F.linear(x.double(), weight.double())
+    assert largest(multiplied(SparseLinear.from_dense(weight), x), wanted) <= 1e-4
+    if block[0] == block[1]:
+        stored = SparseLinear.from_dense(weight, block=block[0])
+        assert largest(multiplied(stored, x), wanted) <= 1e-4
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 63, 64, 65, 127, 129, 1000, 2049])
+def test_any_number_of_tokens(tokens: int) -> None:
+    weight = torch.randn(48, 40) * (torch.rand(48, 40) < 0.3)
+    layer, x = SparseLinear.from_dense(weight), torch.randn(tokens, 40)
+    assert largest(multiplied(layer, x), F.linear(x.double(), weight.double())) <= 1e-4
+
+
+def masks(batch: int, heads: int, size: int) -> dict[str, Tensor | None]:
+    seen = torch.rand(batch, 1, 1, size) < 0.8
+    seen[..., 0] = True
+    rows = torch.rand(batch, 1, size, size) < 0.7
+    rows[..., 0] = True
+    return {
+        "none": None,
+        "padding": seen,
+        "of each query": rows,
+        "added": torch.randn(batch, heads, size, size),
+        "large negative numbers": torch.where(seen, 0.0, torch.finfo(torch.float32).min),
+    }
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 128, 12, 12, 64), (2, 77, 4, 2, 16), (3, 16, 2, 1, 10), (1, 200, 3, 3, 32)],
+    ids=str,
+)  # fmt: skip
+def test_attention(sizes: tuple[int, int, int, int, int]) -> None:
+    batch, size, heads, groups, width = sizes
+    x = [torch.randn(batch, size, n * width) for n in (heads, groups, groups)]
+    split = [t.double().view(batch, size, -1, width).transpose(1, 2) for t in x]
+    for name, mask in masks(batch, heads, size).items():
+        for causal in (False, True) if mask is None else (False,):
+            found = attended(x, heads, groups, mask, causal)
+            added = mask if mask is None or mask.dtype is torch.bool else mask.double()
+            wanted = F.scaled_dot_product_attention(
+                *split, attn_mask=added, is_causal=causal, enable_gqa=True
+            )
+            wanted = wanted.transpose(1, 2).reshape(batch, size, heads * width)
+            assert largest(found, wanted) <= 2e-5, name
+
+
+def attended(x: list[Tensor], heads: int, groups: int, mask: Tensor | None, causal: bool) -> Tensor:
+    widths = [t.shape[-1] for t in x]
+    width = widths[0] // heads
+    out = heads * widths[2] // groups
+    entering = [Step("enter", None, Part(i, 0, w), (i,)) for i, w in enumerate(widths)]
+    parts = [Part(i, 0, w) for i, w in enumerate(widths)]
+    attention = Step(
+        "attend",
+        parts[0],
+        Part(3, 0, out),
+        (-1 if mask is None else 3,),
+        factor=parts[1],
+        addend=parts[2],
+        heads=heads,
+        groups=groups,
+        scale=width**-0.5,
+        causal=causal,
+    )
+    places = [Place(w, slot=i) for i, w in enumerate((*widths, out))]
+    steps = (*entering, attention, Step("leave", Part(3, 0, out), None))
+    return Chain(steps, places, ())(*x, mask)[0]
+
+
+def test_a_query_that_sees_nothing_gets_zeros() -> None:
+    x = [torch.randn(1, 16, 8) for _ in range(3)]
+    mask = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
+    assert torch.equal(attended(x, 2, 2, mask, False), torch.zeros(1, 16, 8))
+
+
+def test_threads_share_the_work(instructions: str) -> None:
+    weight = torch.randn(1600, 96) * (torch.rand(1600, 96) < 0.2)
+    layer = SparseLinear.from_dense(weight)
+    one = {t: multiplied(layer, torch.ones(t, 96)) for t in (16, 64, 300)}
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for tokens, wanted in one.items():
+            assert torch.equal(multiplied(layer, torch.ones(tokens, 96)), wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_unknown_instruction_set() -> None:
+    message = f'^instruction set "mmx" cannot be used: this processor\'s is {isa()}.$'
+    with pytest.raises(ValueError, match=message):
+        use_isa("mmx")
