@@ -24,12 +24,14 @@ from tqdm import tqdm
 
 from benchmarks.results_file import FOLDER, environment
 from mvpfx.cost import MARGIN, Quartiles, measure_storages, size_class
+from mvpfx.kernels.library import isa, use_isa
 
 RESULTS = FOLDER / "break_even"
 SHAPES = ((384, 384), (1536, 384), (384, 1536), (768, 768))
 TOKENS = (1, 16, 128, 1024)
-DENSITIES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
-STORAGES = {"csr": 1, "bsr": 16}
+DENSITIES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+STORAGES = {"csr": 1, "bsr": 16, "native-avx512": 1, "native-avx2": 1, "native-plain": 1}
+"""Storage -> block size; native kernels on each instruction set that the processor has."""
 
 
 def main() -> None:
@@ -40,7 +42,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(options.device)
-    storages = dict(STORAGES) if device.type == "cpu" else {"csr": 1}
+    best = isa()
+    storages = {"csr": 1} if device.type != "cpu" else dict(STORAGES)
+    storages = {name: block for name, block in storages.items() if available(name)}
+    if best is not None:
+        use_isa(best)
     cases = list(product(storages, TOKENS, SHAPES, DENSITIES))
     points = [
         measure(storage, storages[storage], tokens, shape, density, device, options.rounds)
@@ -58,6 +64,18 @@ def main() -> None:
     path = RESULTS / f"{device.type}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(compact(result) + "\n", encoding="utf-8")
+
+
+def available(storage: str) -> bool:
+    """Whether a storage can be measured here; native kernels are set to its instructions."""
+    kind, _, instructions = storage.partition("-")
+    if kind != "native":
+        return True
+    try:
+        use_isa(instructions)
+    except ValueError:
+        return False
+    return True
 
 
 def compact(result: dict[str, Any]) -> str:
@@ -78,7 +96,11 @@ def measure(
     """Time one case; returns medians with lower and upper quartiles, in milliseconds."""
     weight = random_weight(shape, density, block).to(device)
     bias = torch.zeros(shape[0], device=device)
-    times = measure_storages(weight, bias, tokens, {storage: block}, rounds)
+    kind, best = storage.partition("-")[0], isa()
+    available(storage)
+    times = measure_storages(weight, bias, tokens, {kind: block}, rounds)
+    if best is not None:
+        use_isa(best)
     return {
         "storage": storage,
         "block": block,
@@ -86,7 +108,7 @@ def measure(
         "shape": f"{shape[0]} x {shape[1]}",
         "density": density,
         **_listed("dense", times["dense"]),
-        **_listed("sparse", times[storage]),
+        **_listed("sparse", times[kind]),
     }
 
 

@@ -50,21 +50,24 @@ class Shape:
     sequence: int = 128
     block: int = 32
 
+    def config(self) -> dict[str, Any]:
+        """The sizes under the names that configurations of transformers have for them."""
+        return {
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "intermediate_size": self.ffn,
+            "max_position_embeddings": self.sequence,
+        }
+
 
 def dense_bert(shape: Shape, seed: int = 0) -> nn.Module:
     """A classifier with random weights, biases among them, in eval mode."""
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.ffn,
-        max_position_embeddings=shape.sequence,
-    )
-    model = BertForSequenceClassification(config).eval()
+    model = BertForSequenceClassification(BertConfig(**shape.config())).eval()
     with torch.no_grad():
         for module in model.bert.encoder.modules():
             if isinstance(module, nn.Linear):
@@ -77,6 +80,7 @@ def hybrid(dense: nn.Module, shape: Shape, density: float, seed: int = 0) -> nn.
     model: Any = copy.deepcopy(dense)
     random = torch.Generator().manual_seed(seed)
     share, width = math.sqrt(density), shape.hidden // shape.heads
+    block = (shape.block, shape.block)
     kept_heads = drawn((shape.layers, shape.heads), share, random)
     spread = torch.linspace(0.5, 1.5, shape.layers)[torch.randperm(shape.layers, generator=random)]
     with torch.no_grad():
@@ -84,10 +88,10 @@ def hybrid(dense: nn.Module, shape: Shape, density: float, seed: int = 0) -> nn.
             rows = heads.repeat_interleave(width)
             attention = layer.attention.self
             for linear in (attention.query, attention.key, attention.value):
-                linear.weight[rows] *= blocks(linear.weight[rows], shape.block, share, random)
+                linear.weight[rows] *= blocks(linear.weight[rows], block, share, random)
                 linear.weight[~rows] = 0
             out = layer.attention.output.dense.weight
-            out[:, rows] *= blocks(out[:, rows], shape.block, share, random)
+            out[:, rows] *= blocks(out[:, rows], block, share, random)
             out[:, ~rows] = 0
             units = drawn((shape.ffn,), min(1.0, density * float(factor)), random)
             layer.intermediate.dense.weight[~units] = 0
@@ -103,10 +107,11 @@ def drawn(size: tuple[int, ...], share: float, random: torch.Generator) -> Tenso
     return kept.view(size)
 
 
-def blocks(weight: Tensor, block: int, share: float, random: torch.Generator) -> Tensor:
-    """A mask of a weight's shape with `share` of its blocks kept."""
-    grid = drawn((weight.shape[0] // block, weight.shape[1] // block), share, random)
-    return grid.repeat_interleave(block, 0).repeat_interleave(block, 1)
+def blocks(weight: Tensor, block: tuple[int, int], share: float, random: torch.Generator) -> Tensor:
+    """A mask of a weight's shape with `share` of its blocks kept, each `block` rows by columns."""
+    rows, columns = block
+    grid = drawn((weight.shape[0] // rows, weight.shape[1] // columns), share, random)
+    return grid.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear | SparseLinear]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -27,23 +29,35 @@ class Quartiles:
 def interleaved_ms(
     models: dict[str, nn.Module], batch: Batch, rounds: int, label: str = "latency"
 ) -> dict[str, Quartiles]:
-    """Time one forward of each model in turn, `rounds` times.
-
-    Taking turns gives every model the same share of whatever else the machine does. The order
-    within a round alternates; three rounds to warm up are not counted.
-    """
-    times: dict[str, list[float]] = {name: [] for name in models}
+    """Time one forward of each model in turn, `rounds` times, as `turns_ms` does."""
     inputs = {name: to_device(batch, model.eval()) for name, model in models.items()}
+
+    def timed(name: str) -> float:
+        synchronize()
+        start = time.perf_counter()
+        models[name](**inputs[name])
+        synchronize()
+        return 1000 * (time.perf_counter() - start)
+
     with torch.no_grad():
-        for turn in tqdm(range(-3, rounds), desc=label, mininterval=1.0):
-            for name in list(models)[:: 1 if turn % 2 else -1]:
-                synchronize()
-                start = time.perf_counter()
-                models[name](**inputs[name])
-                synchronize()
-                if turn >= 0:
-                    times[name].append(1000 * (time.perf_counter() - start))
-    return {name: Quartiles(*statistics.quantiles(times[name], n=4)) for name in models}
+        return turns_ms({name: partial(timed, name) for name in models}, rounds, label)
+
+
+def turns_ms(
+    turns: Mapping[str, Callable[[], float]], rounds: int, label: str, warmup_rounds: int = 3
+) -> dict[str, Quartiles]:
+    """Give each its turn, `rounds` times; a turn returns the milliseconds that count.
+
+    Taking turns gives each the same share of whatever else the machine does. The order within a
+    round alternates; the first rounds, to warm up, are not counted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    for number in tqdm(range(-warmup_rounds, rounds), desc=label, mininterval=1.0):
+        for name in list(turns)[:: 1 if number % 2 else -1]:
+            milliseconds = turns[name]()
+            if number >= 0:
+                times[name].append(milliseconds)
+    return {name: Quartiles(*statistics.quantiles(times[name], n=4)) for name in turns}
 
 
 def synchronize() -> None:

@@ -1,7 +1,7 @@
 """README's tables and those of docs/, made from the committed result files.
 
-`python -m benchmarks.readme` writes them into the pages. A table stands in the page that has its
-markers: to move it, move them.
+`python -m benchmarks.readme` writes them into the pages, and draws the plot of docs/cpu.md. A table
+stands in the page that has its markers: to move it, move them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from benchmarks import (
     accuracy,
     accuracy_table,
     coverage_table,
+    inference_cells,
+    inference_plot,
+    inference_table,
     presets,
     results_file,
     structured_table,
@@ -83,9 +86,15 @@ def studied(results: list[dict[str, Any]]) -> str:
     return accuracy_table.table(list(accuracy.done(accuracy.RESULT).values()))
 
 
+def inference(results: list[dict[str, Any]]) -> str:
+    """The tables of inference on a CPU, which has a result file of its own, too."""
+    return inference_table.table(list(inference_cells.done(inference_cells.RESULT).values()))
+
+
 TABLES: dict[tuple[str, str], Callable[[list[dict[str, Any]]], str]] = {
     (BEGIN, END): table,
     (accuracy_table.BEGIN, accuracy_table.END): studied,
+    (inference_table.BEGIN, inference_table.END): inference,
     (coverage_table.BEGIN, coverage_table.END): coverage_table.table,
     (structured_table.LATENCY_BEGIN, structured_table.LATENCY_END): structured_table.latency,
     (structured_table.PEERS_BEGIN, structured_table.PEERS_END): structured_table.peers,
@@ -102,7 +111,8 @@ def render(page: str, results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Write the tables into the pages."""
+    """Write the tables into the pages, and draw the plot."""
+    inference_plot.draw(list(inference_cells.done(inference_cells.RESULT).values()))
     results = results_file.read_all()
     for page in PAGES:
         text = page.read_text(encoding="utf-8")

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).parent / "results"
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16")
+"""Of a processor, those on which the speed of matmuls hangs."""
 PACKAGES = ("mvpfx", "torch", "transformers", "tokenizers", "numpy", "scikit-learn")
 
 
@@ -40,10 +42,21 @@ def installed(package: str) -> str:
 
 def processor() -> str:
     """The processor's name, as the system tells it."""
+    return _cpu_info("model name") or platform.processor() or "unknown"
+
+
+def processor_flags() -> list[str]:
+    """Those of `FLAGS` that the processor has, as the system tells them; none where it does not."""
+    found = (_cpu_info("flags") or _cpu_info("Features")).split()
+    return [flag for flag in FLAGS if flag in found]
+
+
+def _cpu_info(field: str) -> str:
+    """A field of the first processor; empty where the system has no such file or field."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    return next((value.strip() for name, value in pairs if name.strip() == field), "")
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

@@ -1,0 +1,170 @@
+"""The tables of docs/cpu.md, made from `results/cpu_inference.jsonl`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tabulate import tabulate
+
+from benchmarks import inference_plot
+from benchmarks.inference_cells import Cell, curves
+from benchmarks.inference_models import DENSE, FOR_PEOPLE
+
+BEGIN = "<!-- cpu inference: made by python -m benchmarks.readme -->"
+END = "<!-- end of cpu inference -->"
+OWN, REFERENCE = "mvpfx", "torch"
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """The plot, each engine on BERT-base, all else as ratios, and what it was measured on."""
+    found = curves(lines)
+    if not found:
+        return "No result file yet."
+    shown = [line for curve in found.values() for line in curve.values()]
+    parts = [
+        *(
+            ["![Latency against density](images/cpu_inference.svg)"]
+            if inference_plot.points(lines)
+            else []
+        ),
+        detail(found),
+        overview(found),
+        "\n".join([*machines(shown), "", *notes(shown)]),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def detail(found: dict[Cell, dict[float, dict[str, Any]]]) -> str:
+    """Medians of every engine on what the plot shows, one row a cell."""
+    wanted = (inference_plot.MODEL, inference_plot.DTYPE, inference_plot.THREADS)
+    chosen = {c: curve for c, curve in found.items() if (c.model, c.dtype, c.threads) == wanted}
+    # The dense model, which stands in several curves, is one row.
+    once = {Cell(**line["cell"]): line for curve in chosen.values() for line in curve.values()}
+    rows = [
+        {
+            "zeros": zeros(cell),
+            "batch": str(cell.batch),
+            "density": f"{cell.density:g}",
+            **{f"{name}, ms": median(line, name) for name in inference_plot.COLOURS},
+            "faster than torch": times(line, REFERENCE),
+            "than the fastest other": fastest_other(line),
+            "storages": storages(line),
+        }
+        for cell, line in once.items()
+    ]
+    if not rows:
+        return ""
+    text = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    model, dtype, threads = wanted
+    return f"Medians, {FOR_PEOPLE[model]}'s shape, {dtype}, {threads} thread:\n\n{text}"
+
+
+def overview(found: dict[Cell, dict[float, dict[str, Any]]]) -> str:
+    """How many times faster than the fastest other engine: one row a curve."""
+    densities = sorted({density for curve in found.values() for density in curve}, reverse=True)
+    rows = [
+        {
+            "model": FOR_PEOPLE[cell.model],
+            "zeros": zeros(cell),
+            "dtype": cell.dtype,
+            "batch": str(cell.batch),
+            "threads": str(cell.threads),
+            **{f"{d:g}": both(curve[d]) if d in curve else "" for d in densities},
+        }
+        for cell, curve in found.items()
+    ]
+    text = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    return (
+        "How many times faster mvpfx is than dense torch, and than the fastest other engine, by "
+        f"density:\n\n{text}"
+    )
+
+
+def zeros(cell: Cell) -> str:
+    """The pattern, with the size of its blocks where that was chosen."""
+    if cell.pattern == DENSE:
+        return "none"
+    return f"{cell.pattern} {cell.block}" if cell.block else cell.pattern
+
+
+def median(line: dict[str, Any], name: str) -> str:
+    """Of an engine, "-" where it did not run."""
+    found = line["engines"].get(name, {})
+    return f"{found['median']:.1f}" if "median" in found else "-"
+
+
+def times(line: dict[str, Any], name: str) -> str:
+    """How many times faster than an engine mvpfx is; "-" where either did not run."""
+    found = line["engines"]
+    if "median" not in found.get(OWN, {}) or "median" not in found.get(name, {}):
+        return "-"
+    return f"{found[name]['median'] / found[OWN]['median']:.2f}x"
+
+
+def fastest_other(line: dict[str, Any]) -> str:
+    """The same against the fastest of the other engines, which is named."""
+    if times(line, REFERENCE) == "-":
+        return "-"
+    others = {
+        name: found["median"]
+        for name, found in line["engines"].items()
+        if name != OWN and "median" in found
+    }
+    name = min(others, key=lambda each: others[each])
+    return f"{times(line, name)} {name}"
+
+
+def both(line: dict[str, Any]) -> str:
+    """Against torch and against the fastest other engine, in one field."""
+    ratio = times(line, REFERENCE)
+    return "-" if ratio == "-" else f"{ratio}, {fastest_other(line)}"
+
+
+def storages(line: dict[str, Any]) -> str:
+    """How many weights mvpfx keeps in which storage."""
+    found = line["engines"].get(OWN, {}).get("storages", {})
+    return ", ".join(f"{count} {storage}" for storage, count in sorted(found.items()))
+
+
+def machines(lines: list[dict[str, Any]]) -> list[str]:
+    """What was measured on, each once, and how far outputs were apart."""
+    found = {machine(line): None for line in lines}
+    differences = [
+        f"{difference:.0e} in {dtype}"
+        for dtype in dict.fromkeys(line["cell"]["dtype"] for line in lines)
+        if (difference := largest_difference(lines, dtype)) is not None
+    ]
+    said = f"Outputs of mvpfx differ from torch's by at most {', '.join(differences)}."
+    return [*found, *([said] if differences else [])]
+
+
+def machine(line: dict[str, Any]) -> str:
+    """The processor, the versions and the rounds of a line."""
+    environment = line["environment"]
+    names = ("torch", "onnxruntime", "openvino", "deepsparse")
+    versions = [f"{name} {environment[name]}" for name in names if environment[name][0].isdigit()]
+    return (
+        f"On {environment['processor']} ({', '.join(environment['flags'])}), "
+        f"{', '.join(versions)}; sequences of "
+        f"{line['shape']['sequence']} tokens, medians of {line['rounds']} interleaved rounds."
+    )
+
+
+def largest_difference(lines: list[dict[str, Any]], dtype: str) -> float | None:
+    """Of mvpfx's outputs to those of torch, over all cells of a dtype."""
+    own = [line["engines"].get(OWN, {}) for line in lines if line["cell"]["dtype"] == dtype]
+    return max((f["largest_output_difference"] for f in own if "median" in f), default=None)
+
+
+def notes(lines: list[dict[str, Any]]) -> list[str]:
+    """Why engines did not run, each reason once."""
+    where: dict[tuple[str, str], dict[str, None]] = {}
+    for line in lines:
+        cell = line["cell"]
+        for name, found in line["engines"].items():
+            for verb in ("cannot", "left_out"):
+                if verb in found:
+                    key = (f"{name} {verb.replace('left_out', 'is left out')}", found[verb])
+                    what = f"{FOR_PEOPLE[cell['model']]} in {cell['dtype']}"
+                    where.setdefault(key, {})[what] = None
+    return [f"- {who} ({'; '.join(what)}): `{why}`" for (who, why), what in where.items()]
