@@ -4,9 +4,9 @@ Times `F.linear` against `SparseLinear`, token-major in and out, so both transpo
 through several copies of a weight as a model does through its layers. For each storage and token
 count the break-even density is where the sparse time crosses `MARGIN` of the dense one,
 interpolated between measured densities; the smallest of all shapes of a size class counts, rounded
-down to a hundredth. `mvpfx/cost.py` holds the resulting table, and a test holds the two equal.
+down to a hundredth. `mvpfx/break_even.py` holds the resulting tables, and a test holds them equal.
 
-    python -m benchmarks.break_even
+    python -m benchmarks.break_even --dtype float32 bfloat16
 """
 
 from __future__ import annotations
@@ -23,54 +23,63 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.results_file import FOLDER, environment
-from mvpfx.cost import MARGIN, Quartiles, measure_storages, size_class
-from mvpfx.kernels.library import isa, use_isa
+from mvpfx.break_even import processor, size_class, storage_key
+from mvpfx.cost import MARGIN, Quartiles, measure_storages
+from mvpfx.kernels.library import INSTRUCTIONS, isa, use_isa
 
 RESULTS = FOLDER / "break_even"
 SHAPES = ((384, 384), (1536, 384), (384, 1536), (768, 768))
 TOKENS = (1, 16, 128, 1024)
 DENSITIES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
-STORAGES = {"csr": 1, "bsr": 16, "native-avx512": 1, "native-avx2": 1, "native-plain": 1}
-"""Storage -> block size; native kernels on each instruction set that the processor has."""
+BLOCKS = {"csr": 1, "bsr": 16, "native": 1}
+"""Storage -> block size."""
 
 
 def main() -> None:
-    """Measure, and write `results/break_even/<device>.json`."""
+    """Measure, and write `results/break_even/<processor>-<dtype>.json`."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--device", default="cpu", help="where to measure (default: cpu)")
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=11, help="timed calls of each (default: 11)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    device = torch.device(options.device)
-    best = isa()
-    storages = {"csr": 1} if device.type != "cpu" else dict(STORAGES)
-    storages = {name: block for name, block in storages.items() if available(name)}
-    if best is not None:
-        use_isa(best)
-    cases = list(product(storages, TOKENS, SHAPES, DENSITIES))
+    for dtype in options.dtype:
+        run(dtype, options.rounds)
+
+
+def run(dtype: str, rounds: int) -> None:
+    """Measure one dtype."""
+    cases = list(product(storages(getattr(torch, dtype)), TOKENS, SHAPES, DENSITIES))
     points = [
-        measure(storage, storages[storage], tokens, shape, density, device, options.rounds)
+        measure(storage, tokens, shape, density, getattr(torch, dtype), rounds)
         for storage, tokens, shape, density in tqdm(cases, unit="case")
     ]
     result = {
         "question": "Below which density is sparse storage faster than dense?",
-        "environment": environment(device),
-        "dtype": "float32",
+        "environment": environment(torch.device("cpu")),
+        "dtype": dtype,
         "margin": MARGIN,
-        "rounds": options.rounds,
-        "table": {device.type: table(points)},
+        "rounds": rounds,
+        "table": {processor(): table(points)},
         "points": points,
     }
-    path = RESULTS / f"{device.type}.json"
+    path = RESULTS / f"{processor()}-{dtype}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(compact(result) + "\n", encoding="utf-8")
 
 
-def available(storage: str) -> bool:
-    """Whether a storage can be measured here; native kernels are set to its instructions."""
-    kind, _, instructions = storage.partition("-")
-    if kind != "native":
-        return True
+def storages(dtype: torch.dtype) -> list[str]:
+    """Those that can be measured here; native kernels on each instruction set once."""
+    best, native = isa(), dict[str, None]()
+    for instructions in INSTRUCTIONS if best is not None else ():
+        if available(instructions):
+            native[storage_key("native", dtype)] = None
+    if best is not None:
+        use_isa(best)
+    return ["csr", "bsr", *native]
+
+
+def available(instructions: str) -> bool:
+    """Whether native kernels have an instruction set here, which they are then set to."""
     try:
         use_isa(instructions)
     except ValueError:
@@ -86,18 +95,19 @@ def compact(result: dict[str, Any]) -> str:
 
 def measure(
     storage: str,
-    block: int,
     tokens: int,
     shape: tuple[int, int],
     density: float,
-    device: torch.device,
+    dtype: torch.dtype,
     rounds: int,
 ) -> dict[str, Any]:
     """Time one case; returns medians with lower and upper quartiles, in milliseconds."""
-    weight = random_weight(shape, density, block).to(device)
-    bias = torch.zeros(shape[0], device=device)
-    kind, best = storage.partition("-")[0], isa()
-    available(storage)
+    (kind, _, instructions), best = storage.partition("-"), isa()
+    block = BLOCKS[kind]
+    weight = random_weight(shape, density, block).to(dtype)
+    bias = torch.zeros(shape[0], dtype=dtype)
+    if instructions:
+        use_isa(instructions)
     times = measure_storages(weight, bias, tokens, {kind: block}, rounds)
     if best is not None:
         use_isa(best)

@@ -9,9 +9,9 @@ all engines run the same weights on the same batch, and take turns; the process 
 cores as there are threads, and every engine is told their number. What a turn is, and how each
 engine is set up, says `benchmarks.engines`; what the models and zeros are, `inference_models`.
 
-Each cell appends a line to `results/cpu_inference.jsonl` when it is done. A cell whose engines have
-all been measured is not measured again, so a run that was stopped is taken up where it was; of two
-lines of a cell the last one counts. Each number of threads has a process of its own.
+Each cell appends a line to `results/cpu_inference/<processor>.jsonl` when it is done. A cell whose
+engines have all been measured is not measured again, so a run that was stopped is taken up where it
+was; of two lines of a cell the last one counts. Each number of threads has a process of its own.
 
 deepsparse needs an environment of its own: `python3 -m venv deepsparse_env &&
 deepsparse_env/bin/pip install deepsparse==1.8.0 'numpy<2' 'onnx<1.17'`.

@@ -12,8 +12,11 @@ from typing import Any
 from benchmarks import results_file
 from benchmarks.hybrid_latency import DTYPES
 from benchmarks.inference_models import DENSE, MODELS, PATTERNS
+from mvpfx.break_even import processor
 
-RESULT = results_file.FOLDER / "cpu_inference.jsonl"
+FOLDER = results_file.FOLDER / "cpu_inference"
+RESULT = FOLDER / f"{processor()}.jsonl"
+"""Each kind of processor has a file of its own."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,11 @@ def cells(options: argparse.Namespace) -> list[Cell]:
         )
     ]
     return list(dict.fromkeys(found))
+
+
+def results(folder: Path = FOLDER) -> dict[str, list[dict[str, Any]]]:
+    """The lines that count, by kind of processor."""
+    return {path.stem: list(done(path).values()) for path in sorted(folder.glob("*.jsonl"))}
 
 
 def done(path: Path) -> dict[Cell, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Latency against density, a line an engine: docs/images/cpu_inference.svg, made from the results.
+"""Latency against density, a line an engine: docs/images/, a plot each kind of processor.
 
     python -m benchmarks.inference_plot
 
@@ -13,10 +13,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.inference_cells import RESULT, curves, done
+from benchmarks.inference_cells import curves, results
 from benchmarks.inference_models import FOR_PEOPLE
 
-PLOT = Path(__file__).parent.parent / "docs" / "images" / "cpu_inference.svg"
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
 MODEL, DTYPE, THREADS = "bert", "fp32", 1
 COLOURS = {
     "mvpfx": "#c1272d",
@@ -28,6 +28,11 @@ COLOURS = {
 }
 
 Points = dict[str, dict[str, list[tuple[float, float]]]]
+
+
+def file_name(processor: str) -> str:
+    """Of the plot of a kind of processor, in `IMAGES`."""
+    return f"cpu_inference_{processor}.svg"
 
 
 def points(lines: list[dict[str, Any]]) -> Points:
@@ -50,7 +55,7 @@ def digest(drawn: Points) -> str:
     return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def draw(lines: list[dict[str, Any]], path: Path = PLOT) -> bool:
+def draw(lines: list[dict[str, Any]], path: Path) -> bool:
     """Draw what there is. Returns False, and writes nothing, where there is none of it."""
     panels = points(lines)
     if not panels:
@@ -101,9 +106,10 @@ def _draw_panel(axes: Any, panel: str, engines: dict[str, list[tuple[float, floa
 
 
 def main() -> None:
-    """Draw from the result file."""
-    if not draw(list(done(RESULT).values())):
-        raise SystemExit(f"{RESULT.name} has no {FOR_PEOPLE[MODEL]}, {DTYPE}, {THREADS} thread yet")
+    """Draw from the result files."""
+    for processor, lines in results().items():
+        if not draw(lines, IMAGES / file_name(processor)):
+            print(f"{processor} has no {FOR_PEOPLE[MODEL]}, {DTYPE}, {THREADS} thread yet")
 
 
 if __name__ == "__main__":

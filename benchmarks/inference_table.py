@@ -1,7 +1,8 @@
-"""The tables of docs/cpu.md, made from `results/cpu_inference.jsonl`."""
+"""The tables of docs/cpu.md, made from `results/cpu_inference/`, one part a kind of processor."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tabulate import tabulate
@@ -15,20 +16,28 @@ END = "<!-- end of cpu inference -->"
 OWN, REFERENCE = "mvpfx", "torch"
 
 
-def table(lines: list[dict[str, Any]]) -> str:
+def table(results: Mapping[str, list[dict[str, Any]]]) -> str:
+    """What was found on each kind of processor."""
+    parts = [part(processor, lines) for processor, lines in results.items()]
+    return "\n\n".join(each for each in parts if each) or "No result file yet."
+
+
+def part(processor: str, lines: list[dict[str, Any]]) -> str:
     """The plot, each engine on BERT-base, all else as ratios, and what it was measured on."""
     found = curves(lines)
     if not found:
-        return "No result file yet."
+        return ""
     shown = [line for curve in found.values() for line in curve.values()]
     parts = [
+        f"### {shown[0]['environment']['processor']}",
         *(
-            ["![Latency against density](images/cpu_inference.svg)"]
+            [f"![Latency against density](images/{inference_plot.file_name(processor)})"]
             if inference_plot.points(lines)
             else []
         ),
         detail(found),
         overview(found),
+        slowest(shown),
         "\n".join([*machines(shown), "", *notes(shown)]),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -80,6 +89,19 @@ def overview(found: dict[Cell, dict[float, dict[str, Any]]]) -> str:
     )
 
 
+def slowest(lines: list[dict[str, Any]]) -> str:
+    """In how many cells mvpfx ran, and the one where it gains least over torch."""
+    gains = {
+        Cell(**line["cell"]): line["engines"][REFERENCE]["median"] / line["engines"][OWN]["median"]
+        for line in lines
+        if times(line, REFERENCE) != "-"
+    }
+    if not gains:
+        return ""
+    least = min(gains, key=gains.__getitem__)
+    return f"Of {len(gains)} cells mvpfx gains least in this: {gains[least]:.2f}x, {least}."
+
+
 def zeros(cell: Cell) -> str:
     """The pattern, with the size of its blocks where that was chosen."""
     if cell.pattern == DENSE:
@@ -127,8 +149,8 @@ def storages(line: dict[str, Any]) -> str:
 
 
 def machines(lines: list[dict[str, Any]]) -> list[str]:
-    """What was measured on, each once, and how far outputs were apart."""
-    found = {machine(line): None for line in lines}
+    """What was measured on, and how far outputs were apart."""
+    found = [machine(lines)]
     differences = [
         f"{difference:.0e} in {dtype}"
         for dtype in dict.fromkeys(line["cell"]["dtype"] for line in lines)
@@ -138,15 +160,16 @@ def machines(lines: list[dict[str, Any]]) -> list[str]:
     return [*found, *([said] if differences else [])]
 
 
-def machine(line: dict[str, Any]) -> str:
-    """The processor, the versions and the rounds of a line."""
-    environment = line["environment"]
+def machine(lines: list[dict[str, Any]]) -> str:
+    """The processor, the versions and the rounds of lines of one kind of processor."""
+    every = [line["environment"] for line in lines]
     names = ("torch", "onnxruntime", "openvino", "deepsparse")
-    versions = [f"{name} {environment[name]}" for name in names if environment[name][0].isdigit()]
+    known = {f"{n} {found[n]}": None for n in names for found in every if found[n][0].isdigit()}
+    rounds = sorted({line["rounds"] for line in lines})
+    counts = str(rounds[0]) if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
     return (
-        f"On {environment['processor']} ({', '.join(environment['flags'])}), "
-        f"{', '.join(versions)}; sequences of "
-        f"{line['shape']['sequence']} tokens, medians of {line['rounds']} interleaved rounds."
+        f"On {every[0]['processor']} ({', '.join(every[0]['flags'])}), {', '.join(known)}; sequences "
+        f"of {lines[0]['shape']['sequence']} tokens, medians of {counts} interleaved rounds."
     )
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import results_file
+from mvpfx.break_even import processor
 from mvpfx.cost import Quartiles, compare
 from mvpfx.kernels.chain import Chain
 from mvpfx.kernels.library import isa
@@ -30,6 +31,7 @@ SHAPES = ((768, 768), (3072, 768), (768, 3072))
 TOKENS = (128, 1024)
 DENSITIES = (0.2, 0.1, 0.05, 0.03)
 COPIES = 4
+FOLDER = results_file.FOLDER / "kernel_rate"
 
 
 def measure(
@@ -64,7 +66,7 @@ def measure(
 
 
 def main() -> None:
-    """Measure all, and write `results/kernel_rate.json`."""
+    """Measure all, and write `results/kernel_rate/<processor>.json`."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=21, help="timed rounds (default: 21)")
     options = parser.parse_args()
@@ -94,7 +96,7 @@ def main() -> None:
         "rounds": options.rounds,
         "rows": rows,
     }
-    results_file.write(results_file.FOLDER / "kernel_rate.json", result)
+    results_file.write(FOLDER / f"{processor()}.json", result)
 
 
 if __name__ == "__main__":

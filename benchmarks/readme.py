@@ -1,7 +1,7 @@
 """README's tables and those of docs/, made from the committed result files.
 
-`python -m benchmarks.readme` writes them into the pages, and draws the plot of docs/cpu.md. A table
-stands in the page that has its markers: to move it, move them.
+`python -m benchmarks.readme` writes them into the pages, and draws the plots of docs/cpu.md. A
+table stands in the page that has its markers: to move it, move them.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def studied(results: list[dict[str, Any]]) -> str:
 
 
 def inference(results: list[dict[str, Any]]) -> str:
-    """The tables of inference on a CPU, which has a result file of its own, too."""
-    return inference_table.table(list(inference_cells.done(inference_cells.RESULT).values()))
+    """The tables of inference on a CPU, which has result files of its own, too."""
+    return inference_table.table(inference_cells.results())
 
 
 TABLES: dict[tuple[str, str], Callable[[list[dict[str, Any]]], str]] = {
@@ -111,8 +111,8 @@ def render(page: str, results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Write the tables into the pages, and draw the plot."""
-    inference_plot.draw(list(inference_cells.done(inference_cells.RESULT).values()))
+    """Write the tables into the pages, and draw the plots."""
+    inference_plot.main()
     results = results_file.read_all()
     for page in PAGES:
         text = page.read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ from mvpfx.state import State, attach_state, detach_state, find_state, unwrapped
 from mvpfx.storage import SparseLinear
 from mvpfx.swap import drop_runtimes, restore
 from mvpfx.totals import measure_totals
+
+EDGES = 3.0
+"""How many times as long as the dense matmul a native one may take by itself, into tiles and out of
+them, and still pay in a chain that has few such edges."""
 
 
 def convert(
@@ -164,16 +169,18 @@ def _check_folded(program: Program) -> None:
 
 
 def _alternatives(chosen: Program, shrunk: Program) -> dict[str, tuple[Program, list[Record]]]:
-    """Other choices of storage worth a comparison end to end, where any site is sparse."""
-    if not any(storage in SPARSE for storage in chosen.storages.values()):
-        return {}
+    """Other choices of storage worth a comparison end to end."""
+    sparse = any(storage in SPARSE for storage in chosen.storages.values())
+    names = ["dense", "csr"] if sparse else []
+    if any(t.ms.get("native", math.inf) < EDGES * t.ms["dense"] for t in chosen.timings.values()):
+        names.append("native")
     timed = replace(shrunk, timings=chosen.timings)
     why = "alike for all sites, which is fastest end to end"
     return {
         f"all {storage}": run(
             (ChooseStorage(storage, HOPELESS, why), PropagateLayout(), LowerMatmuls()), timed
         )
-        for storage in ("dense", "csr", *(("native",) if LIBRARY is not None else ()))
+        for storage in names
     }
 
 

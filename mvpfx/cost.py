@@ -1,4 +1,4 @@
-"""What a storage costs: bytes, measured milliseconds, and the density below which it is faster."""
+"""What a storage costs: bytes and measured milliseconds."""
 
 from __future__ import annotations
 
@@ -12,45 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvpfx.kernels.library import isa
 from mvpfx.storage import SparseLinear
 
 INDEX_BYTES = 4
 COPIES_BYTES = 8 * 2**20
 """Bytes of copies of one weight that are gone through while timing it."""
 MOST_COPIES = 8
-
-BREAK_EVEN: dict[str, dict[str, dict[str, dict[int, float]]]] = {
-    "cpu": {
-        "csr": {
-            "small": {1: 0.0, 16: 0.07, 128: 0.13, 1024: 0.12},
-            "large": {1: 0.07, 16: 0.25, 128: 0.19, 1024: 0.16},
-        },
-        "bsr": {
-            "small": {1: 0.0, 16: 0.0, 128: 0.14, 1024: 0.11},
-            "large": {1: 0.0, 16: 0.11, 128: 0.19, 1024: 0.16},
-        },
-        "native-avx512": {
-            "small": {1: 0.0, 16: 0.34, 128: 0.5, 1024: 0.5},
-            "large": {1: 0.12, 16: 0.5, 128: 0.5, 1024: 0.5},
-        },
-        "native-avx2": {
-            "small": {1: 0.0, 16: 0.13, 128: 0.12, 1024: 0.11},
-            "large": {1: 0.0, 16: 0.29, 128: 0.25, 1024: 0.23},
-        },
-        "native-plain": {
-            "small": {1: 0.0, 16: 0.1, 128: 0.07, 1024: 0.05},
-            "large": {1: 0.0, 16: 0.2, 128: 0.1, 1024: 0.1},
-        },
-    }
-}
-"""Device type -> storage (native kernels by instruction set) -> size of the weight -> tokens ->
-density below which the storage took less than `MARGIN` of the dense time, transposes at both edges
-included. Measured by `benchmarks/break_even.py`, float32, one thread;
-`benchmarks/results/break_even/` holds the measurements behind it."""
-
-LARGE_VALUES = 2**18
-"""A weight of at least so many values is large: what a call costs besides counts for little."""
 
 MARGIN = 0.95
 """A storage is clearly faster where it takes less than this fraction of the dense time."""
@@ -91,33 +58,6 @@ def storage_bytes(
         indices = nonzero // block**2 + shape[0] // block + 1
         return nonzero * itemsize + indices * INDEX_BYTES
     raise ValueError(f"unknown storage {storage!r}; known: dense, reduced, csr, bsr, native")
-
-
-def size_class(values: int) -> str:
-    """Return "small" or "large" for a weight of so many values."""
-    return "large" if values >= LARGE_VALUES else "small"
-
-
-def break_even(storage: str, tokens: int, values: int, device: str, dtype: torch.dtype) -> float:
-    """Density below which `storage` is faster than dense; 0.0 where nothing was measured.
-
-    Between measured token counts the lower density counts, outside them the nearest.
-
-    Args:
-        storage: csr, bsr or native.
-        tokens: rows of activations.
-        values: size of the dense weight.
-        device: its device type.
-        dtype: its dtype; only float32 was measured.
-    """
-    known = f"native-{isa()}" if storage == "native" else storage
-    sizes = BREAK_EVEN.get(device, {}).get(known)
-    if not sizes or dtype is not torch.float32:
-        return 0.0
-    table = sizes[size_class(values)]
-    below = max((t for t in table if t <= tokens), default=min(table))
-    above = min((t for t in table if t >= tokens), default=max(table))
-    return min(table[below], table[above])
 
 
 def compare(

@@ -43,6 +43,7 @@ from torch.utils._sympy.printers import PythonPrinter
 REQUIRED: dict[str, tuple[str, ...]] = {
     "torch._C": ("_set_grad_enabled", "_current_graph_task_id", "_are_functorch_transforms_active"),
     "torch._C._nn": ("linear",),
+    "torch.cpu": ("_is_amx_tile_supported",),
     "torch._dispatch.python": ("enable_python_dispatcher",),
     "torch._dynamo.source": ("ConstantSource",),
     "torch._subclasses.fake_tensor": ("FakeTensor", "FakeTensorMode"),
@@ -90,6 +91,7 @@ CHECKPOINT_GENERATOR = "_checkpoint_without_reentrant_generator"
 set_grad_enabled = torch._C._set_grad_enabled
 linear = torch._C._nn.linear
 grouped_mm = torch._grouped_mm
+has_amx: Callable[[], bool] = torch.cpu._is_amx_tile_supported
 canonical_mask: Callable[..., Tensor | None] = torch.nn.functional._canonical_mask
 none_or_dtype: Callable[[Tensor | None], torch.dtype | None] = torch.nn.functional._none_or_dtype
 

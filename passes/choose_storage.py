@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mvpfx.cost import MARGIN, break_even, measure_storages
+from mvpfx.break_even import break_even
+from mvpfx.cost import MARGIN, measure_storages
 from mvpfx.facts import SPARSE
 from mvpfx.kernels.library import no_kernels
 from mvpfx.layer import Layer, find_layers, is_linear, is_own_call, tied_names

@@ -1,31 +1,8 @@
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
-from benchmarks.break_even import RESULTS, table
-from mvpfx.cost import (
-    BREAK_EVEN,
-    break_even,
-    compare,
-    measure_storages,
-    storage_bytes,
-)
+from mvpfx.cost import compare, measure_storages, storage_bytes
 from mvpfx.storage import Layout, SparseLinear
-
-
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda p: p.stem)
-def test_the_table_is_the_measured_one(path: Path) -> None:
-    result = json.loads(path.read_text(encoding="utf-8"))
-    measured = {
-        storage: {
-            size: {int(tokens): limit for tokens, limit in row.items()}
-            for size, row in sizes.items()
-        }
-        for storage, sizes in table(result["points"]).items()
-    }
-    assert BREAK_EVEN[path.stem] == measured
 
 
 def test_bytes_are_those_of_the_layer() -> None:
@@ -45,15 +22,6 @@ def test_bytes_are_those_of_the_layer() -> None:
         ValueError, match=r"^unknown storage 'coo'; known: dense, reduced, csr, bsr, native$"
     ):
         storage_bytes("coo", (1, 1), 1, 4)
-
-
-def test_break_even_is_zero_where_nothing_was_measured() -> None:
-    assert break_even("csr", 128, 2**20, "cpu", torch.bfloat16) == 0.0
-    assert break_even("csr", 128, 2**20, "meta", torch.float32) == 0.0
-    limits = BREAK_EVEN["cpu"]["csr"]["large"]
-    assert break_even("csr", 128, 2**20, "cpu", torch.float32) == limits[128]
-    assert break_even("csr", 500, 2**20, "cpu", torch.float32) == min(limits[128], limits[1024])
-    assert break_even("csr", 9999, 2**20, "cpu", torch.float32) == limits[1024]
 
 
 def test_compare_takes_turns() -> None:

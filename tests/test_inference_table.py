@@ -78,8 +78,16 @@ def test_curves_begin_with_the_dense_model_and_are_in_order() -> None:
 
 
 def test_the_tables() -> None:
-    text = inference_table.table(lines())
-    assert text.splitlines()[0] == "![Latency against density](images/cpu_inference.svg)"
+    text = inference_table.table({"amx": lines(), "none": []})
+    assert text.splitlines()[:3] == [
+        "### P",
+        "",
+        "![Latency against density](images/cpu_inference_amx.svg)",
+    ]
+    assert (
+        "Of 5 cells mvpfx gains least in this: 1.11x, "
+        "bert, dense, density 1, batch 1, fp32, 1 thread(s)." in text.splitlines()
+    )
     others = "| - | - | 80.0 | - | 100.0 |"  # deepsparse, openvino, onnxruntime, torch.compile
     end = "| 60 csr, 12 dense"
     assert rows(text, "|zeros|batch|density|mvpfx,ms|deepsparse,ms|openvino,ms|") == [
@@ -108,7 +116,7 @@ def test_the_tables() -> None:
 
 @pytest.mark.parametrize("found", [[], [line(1.0, 90.0, pattern="dense")]])
 def test_no_curves_make_no_table_and_no_plot(found: list[dict[str, Any]], tmp_path: Path) -> None:
-    assert inference_table.table(found) == "No result file yet."
+    assert inference_table.table({"amx": found}) == "No result file yet."
     assert inference_plot.draw(found, tmp_path / "plot.svg") is False
     assert list(tmp_path.iterdir()) == []
 
@@ -135,11 +143,13 @@ def test_the_plot_shows_the_points(tmp_path: Path) -> None:
     assert len(lines_of_colour) >= 2
 
 
-def test_the_committed_plot_is_that_of_the_committed_lines() -> None:
-    found = inference_plot.points(list(inference_cells.done(inference_cells.RESULT).values()))
-    drawn = inference_plot.PLOT.read_text("utf-8") if inference_plot.PLOT.is_file() else None
-    if not found:
-        assert drawn is None
-    else:
-        assert drawn is not None and f"points {inference_plot.digest(found)}" in drawn
-        assert inference_plot.PLOT.stat().st_size < 200_000
+def test_the_committed_plots_are_those_of_the_committed_lines() -> None:
+    found = {
+        inference_plot.file_name(processor): inference_plot.points(lines)
+        for processor, lines in inference_cells.results().items()
+    }
+    drawn = {path.name: path for path in inference_plot.IMAGES.glob("cpu_inference*.svg")}
+    assert set(drawn) == {name for name, points in found.items() if points}
+    for name, path in drawn.items():
+        assert f"points {inference_plot.digest(found[name])}" in path.read_text("utf-8")
+        assert path.stat().st_size < 200_000

@@ -1,0 +1,101 @@
+"""Break-even densities: below which density a storage is faster than dense, where nothing is timed.
+
+Dense products differ from processor to processor by more than sparse ones do, so each has tables of
+its own, one a dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mvpfx.kernels.library import INSTRUCTIONS, isa
+from mvpfx.torch_private import has_amx
+
+Limits = dict[str, dict[str, dict[int, float]]]
+"""Storage (native kernels by instruction set) -> size of the weight -> tokens -> density."""
+
+BREAK_EVEN: dict[str, Limits] = {
+    "amx-float32": {
+        "csr": {
+            "small": {1: 0.0, 16: 0.07, 128: 0.13, 1024: 0.12},
+            "large": {1: 0.07, 16: 0.25, 128: 0.19, 1024: 0.16},
+        },
+        "bsr": {
+            "small": {1: 0.0, 16: 0.0, 128: 0.14, 1024: 0.11},
+            "large": {1: 0.0, 16: 0.11, 128: 0.19, 1024: 0.16},
+        },
+        "native-avx512": {
+            "small": {1: 0.0, 16: 0.34, 128: 0.5, 1024: 0.5},
+            "large": {1: 0.12, 16: 0.5, 128: 0.5, 1024: 0.5},
+        },
+        "native-avx2": {
+            "small": {1: 0.0, 16: 0.13, 128: 0.12, 1024: 0.11},
+            "large": {1: 0.0, 16: 0.29, 128: 0.25, 1024: 0.23},
+        },
+        "native-plain": {
+            "small": {1: 0.0, 16: 0.1, 128: 0.07, 1024: 0.05},
+            "large": {1: 0.0, 16: 0.2, 128: 0.1, 1024: 0.1},
+        },
+    },
+}
+"""Processor and dtype -> density below which each storage took less than `MARGIN` of the dense
+time, transposes at both edges included. Measured by `benchmarks/break_even.py` on one thread;
+`benchmarks/results/break_even/` holds the measurements behind it."""
+
+ELSEWHERE = "amx"
+"""Whose tables serve processors that have none: dense products are faster nowhere, so what they
+promise holds elsewhere too."""
+
+LARGE_VALUES = 2**18
+"""A weight of at least so many values is large: what a call costs besides counts for little."""
+
+
+def processor() -> str:
+    """What dense and sparse products on this CPU can use: "amx", or the best of `INSTRUCTIONS`."""
+    return "amx" if has_amx() else isa() or INSTRUCTIONS[-1]
+
+
+def size_class(values: int) -> str:
+    """Return "small" or "large" for a weight of so many values.
+
+    >>> size_class(768 * 768)
+    'large'
+    """
+    return "large" if values >= LARGE_VALUES else "small"
+
+
+def storage_key(storage: str, dtype: torch.dtype) -> str:
+    """A storage as tables name it: native kernels with the instruction set that products of this
+    dtype use.
+    """
+    if storage != "native":
+        return storage
+    instructions = isa()
+    if instructions == "avx512_bf16" and dtype is torch.float32:
+        instructions = "avx512"
+    return f"native-{instructions}"
+
+
+def break_even(storage: str, tokens: int, values: int, device: str, dtype: torch.dtype) -> float:
+    """Density below which `storage` is faster than dense; 0.0 where nothing was measured.
+
+    Between measured token counts the lower density counts, outside them the nearest.
+
+    Args:
+        storage: csr, bsr or native.
+        tokens: rows of activations.
+        values: size of the dense weight.
+        device: its device type; only "cpu" was measured.
+        dtype: its dtype.
+    """
+    if device != "cpu":
+        return 0.0
+    name = str(dtype).removeprefix("torch.")
+    measured = BREAK_EVEN.get(f"{processor()}-{name}", BREAK_EVEN.get(f"{ELSEWHERE}-{name}", {}))
+    sizes = measured.get(storage_key(storage, dtype))
+    if not sizes:
+        return 0.0
+    table = sizes[size_class(values)]
+    below = max((t for t in table if t <= tokens), default=min(table))
+    above = min((t for t in table if t >= tokens), default=max(table))
+    return min(table[below], table[above])
