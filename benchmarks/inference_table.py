@@ -168,8 +168,9 @@ def machine(lines: list[dict[str, Any]]) -> str:
     rounds = sorted({line["rounds"] for line in lines})
     counts = str(rounds[0]) if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
     return (
-        f"On {every[0]['processor']} ({', '.join(every[0]['flags'])}), {', '.join(known)}; sequences "
-        f"of {lines[0]['shape']['sequence']} tokens, medians of {counts} interleaved rounds."
+        f"On {every[0]['processor']} ({', '.join(every[0]['flags'])}), {', '.join(known)}; "
+        f"sequences of {lines[0]['shape']['sequence']} tokens, medians of {counts} interleaved "
+        "rounds."
     )
 
 

@@ -76,6 +76,9 @@ class PreparedChain:
         self._masked: list[tuple[CStep, int, int]] = []
         for call, step, weight in zip(self._calls, chain.steps, packed, strict=True):
             self._fill(call, step, weight, arguments)
+        kinds = ("multiply", "normalize")
+        layers, norms = ([i for s in chain.steps if s.kind == k for i in s.sources] for k in kinds)
+        self._watch.see(arguments, layers, [i for i in norms if i >= 0])
 
     def _check_dtypes(self, arguments: Sequence[Any]) -> None:
         found = {self.dtype}
@@ -99,7 +102,7 @@ class PreparedChain:
     def run(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """Run the steps: tiles that are handed on, then tensors that leave."""
         entered = [self._enter(call, arguments[source]) for call, source in self._entering]
-        masks: dict[tuple[int, int], Tensor] = {}
+        masks: dict[tuple[int, int], tuple[Tensor, Any]] = {}
         for call, source, heads in self._masked:
             self._mask(call, arguments[source], masks, (source, heads))
         left: list[Tensor] = []
@@ -144,8 +147,6 @@ class PreparedChain:
         if packed is not None:
             call.packed = packed.handle
             call.epilogue.bias = None if packed.bias is None else packed.bias.data_ptr()
-            for source in step.sources:
-                self._watch.layer(source, arguments[source])
         elif step.kind == "attend":
             assert step.out is not None, "an attention makes something"
             call.flag, call.epsilon, call.out_features = step.causal, step.scale, step.out.width
@@ -166,7 +167,6 @@ class PreparedChain:
         for name, source in zip(("weight", "bias"), step.sources, strict=True):
             given = arguments[source] if source >= 0 else None
             if given is not None:
-                self._watch.tensor(source, given)
                 tensor = given.detach().float().contiguous()
                 self._alive.append(tensor)
                 setattr(call, name, tensor.data_ptr())
@@ -191,13 +191,18 @@ class PreparedChain:
         return x
 
     def _mask(
-        self, call: CStep, mask: Tensor, known: dict[tuple[int, int], Tensor], key: tuple[int, int]
+        self,
+        call: CStep,
+        mask: Tensor,
+        known: dict[tuple[int, int], tuple[Tensor, Any]],
+        key: tuple[int, int],
     ) -> None:
         """Point an attention at its mask, as what is added to scores `[B, heads, S, S]`."""
         if key not in known:
             if mask.dtype is torch.bool:
                 mask = torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
             tokens = self.geometry.tokens
-            known[key] = mask.float().expand(self.geometry.sequences, key[1], tokens, tokens)
-        call.tensor = known[key].data_ptr()
-        call.mask_strides = (c_int64 * 4)(*known[key].stride())
+            mask = mask.float().expand(self.geometry.sequences, key[1], tokens, tokens)
+            known[key] = mask, (c_int64 * 4)(*mask.stride())
+        added, call.mask_strides = known[key]
+        call.tensor = added.data_ptr()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import is_
 from typing import Any, Protocol
 
 import torch
@@ -74,57 +75,48 @@ def _biases(matrices: Sequence[Matrix]) -> Tensor | None:
     return torch.cat(parts)
 
 
-_Seen = tuple["weakref.ref[Tensor] | None", int, int]
+def _nothing() -> None:
+    """Stands in for the reference to a bias that is not there."""
 
 
 class Watch:
     """Remembers tensors, and tells whether they are what they were.
 
-    Tensors that were made in inference mode do not tell when they change: those never are.
+    Tensors that were made in inference mode do not tell when they change: those never are. A model
+    asks this of all its weights in each call, so what is remembered lies in lists.
     """
 
     def __init__(self) -> None:
-        self._layers: list[tuple[int, _Seen, _Seen]] = []
-        self._tensors: list[tuple[int, _Seen]] = []
+        self._layers: list[int] = []
+        self._tensors: list[int] = []
+        self._known: list[Callable[[], Tensor | None]] = []
+        self._states: list[tuple[int, int]] = []
         self._sure = True
 
-    def layer(self, position: int, layer: Any) -> None:
-        """Watch the values and the bias of a sparse layer among the arguments."""
-        held = _tensors_of(layer)
-        self._layers.append((position, self._see(held["values"]), self._see(held["bias"])))
-
-    def tensor(self, position: int, tensor: Tensor) -> None:
-        """Watch a tensor among the arguments."""
-        self._tensors.append((position, self._see(tensor)))
+    def see(self, arguments: Sequence[Any], layers: Iterable[int], tensors: Iterable[int]) -> None:
+        """Watch the values and biases of sparse layers, and tensors, at these positions."""
+        self._layers, self._tensors = list(layers), list(tensors)
+        now = self._look(arguments)
+        self._sure = not any(tensor is not None and tensor.is_inference() for tensor in now)
+        self._known = [_nothing if tensor is None else weakref.ref(tensor) for tensor in now]
+        self._states = _states(now) if self._sure else []
 
     def holds(self, arguments: Sequence[Any]) -> bool:
         """Whether all are what they were."""
-        for position, values, bias in self._layers:
-            held = _tensors_of(arguments[position])
-            if not (_is_seen(held["values"], values) and _is_seen(held["bias"], bias)):
-                return False
-        for position, seen in self._tensors:
-            if not _is_seen(arguments[position], seen):
-                return False
-        return self._sure
+        if not self._sure:
+            return False
+        now = self._look(arguments)
+        same = all(map(is_, now, [known() for known in self._known]))
+        return same and _states(now) == self._states
 
-    def _see(self, tensor: Tensor | None) -> _Seen:
-        if tensor is None:
-            return None, 0, 0
-        if tensor.is_inference():
-            self._sure = False
-            return weakref.ref(tensor), 0, 0
-        return weakref.ref(tensor), tensor._version, tensor.data_ptr()
+    def _look(self, arguments: Sequence[Any]) -> list[Tensor | None]:
+        held = [_tensors_of(arguments[i]) for i in self._layers]
+        found = [tensors["values"] for tensors in held]
+        return [*found, *[t["bias"] for t in held], *[arguments[i] for i in self._tensors]]
 
 
-def _is_seen(tensor: Tensor | None, seen: _Seen) -> bool:
-    known, version, pointer = seen
-    if tensor is None or known is None:
-        return tensor is known
-    # What was made in inference mode has no version to ask for.
-    return known() is tensor and (
-        not pointer or (tensor._version == version and tensor.data_ptr() == pointer)
-    )
+def _states(tensors: Iterable[Tensor | None]) -> list[tuple[int, int]]:
+    return [(tensor._version, tensor.data_ptr()) for tensor in tensors if tensor is not None]
 
 
 def _tensors_of(layer: Any) -> dict[str, Any]:
@@ -142,7 +134,5 @@ class PackedCache:
         """The packed form of `layers` as they are now."""
         if self._packed is None or not self._watch.holds(layers):
             self._packed = PackedWeight(layers)
-            self._watch = Watch()
-            for position, layer in enumerate(layers):
-                self._watch.layer(position, layer)
+            self._watch.see(layers, range(len(layers)), ())
         return self._packed
