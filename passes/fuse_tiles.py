@@ -35,9 +35,11 @@ class FuseTiles(Pass):
         """Rewrite each graph that has such layers."""
         for region, graph in program.graphs.items():
             tiling = Tiling(program.model.get_submodule(region), graph)
-            drafts = fold(tiling.drafts())
+            obstacle = tiling.obstacle()
+            drafts = [] if obstacle else fold(tiling.drafts())
             if not any(draft.kind == "multiply" for draft in drafts):
-                yield Decision(region, "fuse", False, "no sparse layer on native kernels")
+                reason = obstacle or "no sparse layer on native kernels"
+                yield Decision(region, "fuse", False, reason)
                 continue
             writer = _Writer(drafts)
             program.graphs[region] = writer.write(graph)
@@ -159,6 +161,7 @@ class _ChainBuilder:
                 options.get("groups", 1),
                 width**-0.5 if scale is None else scale,
                 options.get("causal", False),
+                options.get("beside", False),
             )
         )
 

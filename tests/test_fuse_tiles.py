@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import mvpfx
 from mvpfx.comparison import output_difference
@@ -99,6 +99,57 @@ def test_a_stack_of_blocks_is_one_chain() -> None:
     # Query, key and value are one product, and what follows a product is part of it.
     assert kinds.count("multiply") == 2 * 4 + 1
     assert "combine" not in kinds
+
+
+def test_a_decoder_is_one_chain_too() -> None:
+    """With the norms and rotary embeddings that it writes out; but for its first norm."""
+    model, small, batch = native("llama")
+    before = {name: region.calls for name, region in regions(small).items()}
+    call(small, batch)
+    grown = [name for name, region in regions(small).items() if region.calls > before[name]]
+    assert grown == ["model"]
+    (variant,) = regions(small)["model"].captured()
+    chains = [n.target for n in variant.graph.nodes if isinstance(n.target, Chain)]
+    kinds = [step.kind for step in chains[0].steps]
+    blocks = model.config.num_hidden_layers
+    assert len(chains) == 1
+    assert [kinds.count(kind) for kind in ("attend", "rotate")] == [blocks, 2 * blocks]
+    assert kinds.count("normalize") == 2 * blocks
+
+
+class Changing(nn.Module):
+    """Changes what its layer returns, and reads it again."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if self.how == "sum":
+            z = y.add_(x)
+        elif self.how == "view":
+            z = y.view(-1, 4, 32)
+            z[:, 0] *= 2
+            z = z.view(y.shape)
+        else:
+            z = nn.functional.relu_(y)
+        return self.second(y) + z
+
+
+@pytest.mark.parametrize("how", ["sum", "relu", "view"])
+def test_tensors_that_are_changed(how: str) -> None:
+    """A part of them: nothing is in tiles. All of them: who reads them reads what changed them."""
+    model = nn.Sequential(Changing(how)).eval()
+    x = torch.randn(2, 4, 32)
+    small = mvpfx.convert(model, example_inputs=(x,), lowering="native")
+    assert len(layers(small)) == 2
+    with torch.no_grad():
+        assert (small(x) - model(x)).abs().max() <= 1e-5
+    reasons = {reason for region in regions(small).values() for reason in region.declined}
+    changed = "mul_ changes a tensor that is read elsewhere"
+    assert reasons == ({changed} if how == "view" else set())
 
 
 def test_gradients_run_the_modules() -> None:

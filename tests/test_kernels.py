@@ -262,6 +262,31 @@ def attended(x: list[Tensor], heads: int, groups: int, mask: Tensor | None, caus
     return Chain(steps, places, ())(*x, mask)[0]
 
 
+@pytest.mark.parametrize("sizes", [(1, 5, 2, 4), (3, 70, 3, 10), (2, 128, 1, 64)], ids=str)
+@pytest.mark.parametrize("tables", [1, None])
+def test_rotations(sizes: tuple[int, int, int, int], tables: int | None) -> None:
+    """By tables of each sequence, or of one for all."""
+    batch, size, heads, width = sizes
+    x = torch.randn(batch, size, heads * width)
+    cosine, sine = torch.randn(2, tables or batch, size, width)
+    split = x.double().view(batch, size, heads, width)
+    first, second = split.chunk(2, dim=-1)
+    swapped = torch.cat((-second, first), dim=-1)
+    wanted = split * cosine.double().unsqueeze(2) + swapped * sine.double().unsqueeze(2)
+    parts = [Part(0, 0, heads * width), Part(1, 0, width), Part(2, 0, width)]
+    places = [Place(part.width, slot=i) for i, part in enumerate((*parts, parts[0]))]
+    out = Part(3, 0, heads * width)
+    steps = (
+        Step("enter", None, parts[1], (1,), beside=True),
+        Step("enter", None, parts[2], (2,), beside=True),
+        Step("enter", None, parts[0], (0,)),
+        Step("rotate", parts[0], out, factor=parts[1], addend=parts[2], heads=heads),
+        Step("leave", out, None),
+    )
+    found = Chain(steps, places, ())(x, cosine, sine)[0]
+    assert largest(found, wanted.flatten(2)) <= 2e-6
+
+
 def test_a_query_that_sees_nothing_gets_zeros() -> None:
     x = [torch.randn(1, 16, 8) for _ in range(3)]
     mask = torch.zeros(1, 1, 16, 16, dtype=torch.bool)

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, fx
 
 from mvpfx.dims.elementwise import Elementwise
-from mvpfx.dims.find_rule import name_of
 from mvpfx.dims.reading import RESULT, Reading
 from mvpfx.dims.rearrangement import Rearrangement, run
 from mvpfx.dims.rule import Rule, Step
 from mvpfx.dims.stack import Choice, GroupedProduct, Stack, write_units, zero_slices
 from mvpfx.dims.value import Known, Value
+from mvpfx.nodes import name_of
 from mvpfx.program import Program
 
 Lanes = Tensor

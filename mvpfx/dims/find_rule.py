@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from mvpfx.dims.attention import Attention, CacheUpdate
 from mvpfx.dims.contraction import Contraction
@@ -36,15 +36,6 @@ LARGEST = 2**28
 """Elements of the largest rearrangement that is looked into."""
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-
-
-def name_of(node: fx.Node) -> str:
-    """What a node computes, for people and for the table."""
-    if node.target is getattr:
-        return str(node.args[1])
-    if isinstance(node.target, str):
-        return node.target
-    return str(getattr(node.target, "__name__", node.target))
 
 
 def find_rule(step: Step, can_fold: bool) -> Rule:

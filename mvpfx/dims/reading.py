@@ -8,13 +8,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from mvpfx.dims.find_rule import find_rule, name_of
+from mvpfx.dims.find_rule import find_rule
 from mvpfx.dims.projected_attention import find_projected
 from mvpfx.dims.rearrangement import NAMES, sources
 from mvpfx.dims.rule import Opaque, Rule, Step, replaced
 from mvpfx.dims.value import Known, Value
 from mvpfx.layer import Obstacle
 from mvpfx.matmul_table import ATTENTIONS
+from mvpfx.nodes import name_of, writes_shared
 from mvpfx.program import Program, full_name
 from mvpfx.swap import original_class
 from mvpfx.torch_private import size_hint
@@ -23,7 +24,6 @@ OUTSIDE = "they come from outside of the region"
 RESULT = "they are part of the region's result"
 VARIES = "their number varies from call to call"
 _STATISTICS = ("weight", "bias", "running_mean", "running_var")
-_IN_PLACE = (operator.iadd, operator.imul, operator.isub, operator.itruediv, operator.setitem)
 _BIASED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers that can be given a bias."""
 
@@ -183,27 +183,12 @@ class Reading:
         return None
 
     def _rule(self, step: Step) -> Rule:
-        if self._writes_shared(step):
+        if writes_shared(step.node, step.module, self.order, NAMES):
             return Opaque(f"{step.name} changes a tensor that is read elsewhere")
         if step.node.target in ATTENTIONS:
             owner = full_name(self.region, step.node.meta.get("module", "")).rstrip(".")
             return find_projected(step, self.program.module(owner), owner, self._can_fold(step))
         return find_rule(step, self._can_fold(step))
-
-    def _writes_shared(self, step: Step) -> bool:
-        """Whether a node changes its input in place, and something later reads it (or a view)."""
-        if not is_in_place(step):
-            return False
-        chain = step.node.args[0] if step.node.args else None
-        own, now = {step.node}, self.order[step.node]
-        while isinstance(chain, fx.Node):
-            if any(self.order[user] > now and user not in own for user in chain.users):
-                return True
-            if name_of(chain) not in NAMES or not chain.all_input_nodes:
-                break
-            own.add(chain)
-            chain = chain.all_input_nodes[0]
-        return isinstance(chain, fx.Node) and chain.op in ("placeholder", "get_attr")
 
     def _can_fold(self, step: Step) -> bool:
         """Whether a bias read here alone can take constants, or be created."""
@@ -221,14 +206,6 @@ class Reading:
             return False
         plain = original_class(module).forward in [kind.forward for kind in _BIASED]
         return plain and module._parameters.get("bias") is None
-
-
-def is_in_place(step: Step) -> bool:
-    """Whether a node changes its first argument."""
-    name = step.name
-    bare = name.endswith("_") and not name.endswith("__")
-    asked = bool(getattr(step.module, "inplace", False) or step.node.kwargs.get("inplace"))
-    return asked or bare or name == "__setitem__" or step.node.target in _IN_PLACE
 
 
 def _varies(size: Any) -> str | None:

@@ -44,7 +44,7 @@ class Chain:
         self.steps = tuple(steps)
         self.places = tuple(places)
         self.results = tuple(results)
-        entering = (step.sources[0] for step in steps if step.kind == "enter")
+        entering = (s.sources[0] for s in steps if s.kind == "enter" and not s.beside)
         tiled = (place.argument for place in places if place.argument is not None)
         self._like = next(iter((*entering, *tiled)))
         self.slots: dict[int, int] = {}

@@ -71,7 +71,11 @@ class CStep(ctypes.Structure):
     )
 
 
+INTERFACE = 2
+"""Of the library's functions and structs as they are written down here."""
+
 _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
+    "mvpfx_interface": (c_int, ()),
     "mvpfx_isa": (c_char_p, ()),
     "mvpfx_use_isa": (c_int, (c_char_p,)),
     "mvpfx_halves": (c_int, ()),
@@ -93,7 +97,9 @@ def no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def open_library(path: Path) -> ctypes.CDLL | None:
-    """The library in one file, with the types of its functions; None where it is another one."""
+    """The library in one file, with the types of its functions; None where it is another one, or
+    was built from another version of its sources.
+    """
     try:
         found = ctypes.CDLL(str(path))
         for name, (result, arguments) in _FUNCTIONS.items():
@@ -101,7 +107,7 @@ def open_library(path: Path) -> ctypes.CDLL | None:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError):
         return None
-    return found
+    return found if found.mvpfx_interface() == INTERFACE else None
 
 
 def isa() -> str | None:

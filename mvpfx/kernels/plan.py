@@ -28,9 +28,9 @@ class Draft:
     """One step before it is placed; see `mvpfx.kernels.chain.Step`.
 
     Attributes:
-        kind: enter, leave, multiply, normalize, combine or attend; "node" for a node that is
-            computed as it was.
-        reads: what it reads: `x`; query, key and value to attend.
+        kind: enter, leave, multiply, normalize, combine, attend or rotate; "node" for a node that
+            is computed as it was.
+        reads: what it reads: `x`; query, key and value to attend; `x`, cosines and sines to rotate.
         makes: the value it makes; None to leave.
         front: the leading sizes of the activations, as text.
         node: that is computed as it was; to enter, the node whose tensor enters; to leave, the one

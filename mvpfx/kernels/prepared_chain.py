@@ -32,7 +32,8 @@ ACTIVATIONS = {
     "sigmoid": 6,
 }
 """Name -> the library's number."""
-_KINDS = {"enter": 0, "leave": 1, "multiply": 2, "normalize": 3, "combine": 4, "attend": 5}
+_KINDS = ("enter", "leave", "multiply", "normalize", "combine", "attend", "rotate")
+"""In the order of the library's numbers."""
 _NOTHING = CSlice(None, -1, 0)
 
 
@@ -133,7 +134,7 @@ class PreparedChain:
     def _fill(
         self, call: CStep, step: Step, packed: PackedWeight | None, arguments: Sequence[Any]
     ) -> None:
-        call.kind = _KINDS[step.kind]
+        call.kind = _KINDS.index(step.kind)
         call.epsilon = step.epsilon
         call.flag = self.dtype is torch.bfloat16
         part = step.out if step.x is None else step.x
@@ -153,6 +154,8 @@ class PreparedChain:
             call.heads, call.groups = step.heads, step.groups
             if step.sources[0] >= 0:
                 self._masked.append((call, step.sources[0], step.heads))
+        elif step.kind == "rotate":
+            call.heads = step.heads
         elif step.kind == "normalize":
             call.flag = step.centred
             self._fill_norm(call, step, arguments)
@@ -183,8 +186,11 @@ class PreparedChain:
 
     def _enter(self, call: CStep, x: Tensor) -> Tensor:
         """Point a step at the tensor that enters; returned, for it has to live on."""
+        sequences = self.geometry.sequences
+        if x.dim() == 3 and x.shape[0] == 1 < sequences:  # beside the others
+            x = x.expand(sequences, -1, -1)
         if x.dim() != 3 or x.stride(2) != 1:
-            x = x.reshape(self.geometry.sequences, self.geometry.tokens, x.shape[-1])
+            x = x.reshape(sequences, self.geometry.tokens, x.shape[-1])
             x = x if x.stride(2) == 1 else x.contiguous()
         call.tensor = x.data_ptr()
         call.sequence_stride, call.token_stride, _ = x.stride()

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from mvpfx.kernels.idioms import PRODUCTS, SUMS, find_rms_norm, find_rotation
 from mvpfx.kernels.library import DTYPES
 from mvpfx.leaves import Leaf
+from mvpfx.nodes import name_of
 from mvpfx.storage import SparseLinear
 
 ModuleOf = Callable[[str], Any]
@@ -33,8 +35,8 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.Tanh: "tanh",
     nn.Sigmoid: "sigmoid",
 }
-_SUMS = ("add", "__add__", "__radd__", "add_", "iadd")
-_PRODUCTS = ("mul", "__mul__", "__rmul__", "mul_", "imul", "multiply")
+_SUMS = (*SUMS, "add_", "iadd")
+_PRODUCTS = (*PRODUCTS, "mul_", "imul")
 _SAME = ("contiguous", "clone", "detach")
 _VIEWS = ("view", "reshape", "flatten", "unflatten")
 _WITHOUT_MEANING = {"position_ids", "use_cache", "output_attentions", "cache_position"}
@@ -45,8 +47,8 @@ class Found:
     """What a node does, as far as tiles go.
 
     Attributes:
-        kind: multiply, normalize, combine (element by element), same (hands on what it reads),
-            view, transpose, attend, or first (of an attention's results).
+        kind: multiply, normalize, combine (element by element), rotate, same (hands on what it
+            reads), view, transpose, attend, or first (of an attention's results).
         reads: the activations that it reads, the one that has to be tiled first.
         options: what else `Step` or `attend` need.
     """
@@ -60,10 +62,9 @@ def recognise(node: fx.Node, module_of: ModuleOf) -> Found | None:
     """What a node can be computed as in tiles, by itself; None for what cannot be."""
     if node.op == "call_module":
         return _module(node, module_of(str(node.target)))
-    name = _name(node)
-    if name is None:
+    if node.op not in ("call_function", "call_method"):
         return None
-    x = _node(node, 0)
+    name, x = name_of(node), _node(node, 0)
     if isinstance(node.target, Leaf):
         return _leaf(node, node.target, module_of)
     if node.target is F.scaled_dot_product_attention:
@@ -71,9 +72,23 @@ def recognise(node: fx.Node, module_of: ModuleOf) -> Found | None:
     if x is not None and name == "getitem":
         first = isinstance(x.target, Leaf) and node.args[1] == 0
         return Found("first", (x,)) if first else None
-    if x is None or value_of(x) is None:
-        return None
+    idiom = _idiom(node, module_of)
+    if idiom is not None or x is None or value_of(x) is None:
+        return idiom
     return _elementwise(node, name, x) or _form(node, name, x)
+
+
+def _idiom(node: fx.Node, module_of: ModuleOf) -> Found | None:
+    """What is written out in several nodes, of which this is the last."""
+    norm, rotation = find_rms_norm(node), find_rotation(node)
+    if norm is not None and value_of(norm.x) is not None:
+        if module_of(str(norm.weight.target)).shape != value_of(norm.x).shape[-1:]:
+            return None
+        options = {"epsilon": norm.epsilon, "centred": False, "weight": norm.weight}
+        return Found("normalize", (norm.x,), options)
+    if rotation is not None:
+        return Found("rotate", (rotation.x,), {"cosine": rotation.cosine, "sine": rotation.sine})
+    return None
 
 
 def _elementwise(node: fx.Node, name: str, x: fx.Node) -> Found | None:
@@ -156,7 +171,7 @@ def _layer_norm(node: fx.Node, x: fx.Node) -> Found | None:
     return Found(
         "normalize",
         (x,),
-        {"epsilon": epsilon, "centred": True, "module": False, "weight": weight, "bias": bias},
+        {"epsilon": epsilon, "centred": True, "weight": weight, "bias": bias},
     )
 
 
@@ -202,14 +217,6 @@ def _activations(given: dict[str, Any]) -> tuple[fx.Node, ...] | None:
     found = [given.pop(name, None) for name in ("query", "key", "value")]
     nodes = tuple(one for one in found if isinstance(one, fx.Node))
     return nodes if len(nodes) == 3 else None
-
-
-def _name(node: fx.Node) -> str | None:
-    if node.op == "call_method":
-        return str(node.target)
-    if node.op == "call_function":
-        return str(getattr(node.target, "__name__", ""))
-    return None
 
 
 def _node(node: fx.Node, position: int) -> fx.Node | None:

@@ -21,7 +21,9 @@ class Step:
     Attributes:
         kind: "enter" makes tiles of a tensor, "leave" a tensor of tiles, "multiply" multiplies with
             sparse weights, "normalize" is layer norm or RMS norm, "combine" goes element by
-            element, "attend" is attention: `x` has queries, `factor` keys and `addend` values.
+            element, "attend" is attention: `x` has queries, `factor` keys and `addend` values,
+            "rotate" turns the halves of each head's features by tables: `factor` has cosines and
+            `addend` sines of one head.
         x: what it reads; None to enter.
         out: the value it makes; None to leave.
         sources: positions among the call's arguments: of the tensor to enter, of the sparse layers
@@ -31,6 +33,7 @@ class Step:
         epsilon, centred: of a norm; RMS norm is not centred.
         heads, groups: of an attention: heads, and keys and values that neighbouring heads share.
         scale, causal: of its scores, and whether a token sees only itself and those before it.
+        beside: of what enters: it may be one sequence for all, and does not tell their number.
     """
 
     kind: str
@@ -46,6 +49,7 @@ class Step:
     groups: int = 1
     scale: float = 1.0
     causal: bool = False
+    beside: bool = False
 
 
 @dataclass(frozen=True)

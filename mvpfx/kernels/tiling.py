@@ -12,8 +12,10 @@ from typing import Any
 
 from torch import fx, nn
 
+from mvpfx.dims.rearrangement import NAMES
 from mvpfx.kernels.plan import Draft, Value
 from mvpfx.kernels.recognition import Found, recognise, shape_text, value_of
+from mvpfx.nodes import name_of, writes_shared
 from mvpfx.variant import resolve
 
 ROWS, SPLIT, HEADS = "rows", "split", "heads"
@@ -58,6 +60,15 @@ class Tiling:
         tensors, makers = self._wanted()
         return list(self._steps(tensors, makers))
 
+    def obstacle(self) -> str | None:
+        """Why no part can be in tiles: what changes a tensor would not change its tiles."""
+        order = {node: at for at, node in enumerate(self._graph.nodes)}
+        for node in self._graph.nodes:
+            module = self._module_of(str(node.target)) if node.op == "call_module" else None
+            if writes_shared(node, module, order, NAMES):
+                return f"{name_of(node)} changes a tensor that is read elsewhere"
+        return None
+
     def _module_of(self, target: str) -> Any:
         holder, key = resolve(self._module, self._readers[target])
         return holder[key]
@@ -88,6 +99,8 @@ class Tiling:
             if first.form != ROWS or not same:
                 return False
             return self._put(node, ROWS, self._new(first.value.width), node)
+        if found.kind == "rotate":
+            return self._fits_rotation(node, found, first)
         if found.kind in ("same", "first"):
             return self._put(node, first.form, first.value, first.maker)
         form = self._viewed(node, found, first)
@@ -130,6 +143,22 @@ class Tiling:
         found.options.update(heads=heads, groups=groups)
         return True
 
+    def _fits_rotation(self, node: fx.Node, found: Found, first: _Tiled) -> bool:
+        """Whether heads are rotated, by tables of the same tokens, or of one sequence for all."""
+        x = value_of(found.reads[0])
+        tables = [value_of(found.options[name]) for name in ("cosine", "sine")]
+        if first.form != HEADS or shape_text(node) != shape_text(found.reads[0]):
+            return False
+        batch, _, *rest = map(str, x.shape)
+        for table in tables:
+            if table is None or table.dtype is not x.dtype:
+                return False
+            sequences, *size = map(str, table.shape)
+            if size != rest or sequences not in (batch, "1"):
+                return False
+        found.options["heads"] = first.value.width // x.shape[-1]
+        return self._put(node, HEADS, self._new(first.value.width), node)
+
     def _wanted(self) -> tuple[set[fx.Node], set[fx.Node]]:
         """The nodes that are needed as tensors, and those whose steps are needed."""
         tensors: set[fx.Node] = set()
@@ -156,12 +185,12 @@ class Tiling:
     def _reads_tiles(self, found: Found, read: fx.Node) -> bool:
         """Whether a step takes what it reads in tiles; else it enters."""
         tiled = self._tiled.get(read)
-        return tiled is not None and (tiled.form == ROWS or found.kind == "attend")
+        return tiled is not None and (tiled.form == ROWS or found.kind in ("attend", "rotate"))
 
     def _besides(self, maker: fx.Node) -> list[fx.Node]:
-        """Tensors that a step reads beside activations: masks, and weights of norms."""
+        """Tensors that a step reads beside activations: masks, weights of norms, tables."""
         options = self._found[maker].options
-        found = (options.get(name) for name in ("mask", "weight", "bias"))
+        found = (options.get(name) for name in ("mask", "weight", "bias", "cosine", "sine"))
         return [value for value in found if isinstance(value, fx.Node)]
 
     def _steps(self, tensors: set[fx.Node], makers: set[fx.Node]) -> Iterator[Draft]:
@@ -174,11 +203,15 @@ class Tiling:
                     if self._reads_tiles(found, read):
                         reads.append(self._tiled[read].value)
                         continue
-                    if read not in self._entered:
-                        width = found.options.get("columns") or self._tiled[node].value.width
-                        self._entered[read] = made = self._new(width)
-                        yield Draft("enter", (), made, _front(read), node=read)
+                    width = found.options.get("columns") or self._tiled[node].value.width
+                    yield from self._enter(read, width, _front(read))
                     reads.append(self._entered[read])
+                if found.kind == "rotate":
+                    width = self._tiled[node].value.width // found.options["heads"]
+                    front = self._front_in_heads(found.reads[0])
+                    for table in (found.options.pop("cosine"), found.options.pop("sine")):
+                        yield from self._enter(table, width, front, beside=True)
+                        reads.append(self._entered[table])
                 yield self._step(node, found, reads)
             if node in tensors and node.op != "output":
                 if tiled is not None and tiled.form == ROWS:
@@ -186,12 +219,26 @@ class Tiling:
                 else:
                     yield Draft("node", (), None, "", node=node)
 
+    def _front_in_heads(self, node: fx.Node) -> str:
+        """The leading sizes of what a node has in heads, as they were before it was split."""
+        maker = self._tiled[node].maker
+        found = self._found[maker]
+        return self._front_in_heads(found.reads[0]) if found.kind == "rotate" else _front(maker)
+
+    def _enter(
+        self, node: fx.Node, width: int, front: str, beside: bool = False
+    ) -> Iterator[Draft]:
+        """Let a tensor enter, once."""
+        if node not in self._entered:
+            self._entered[node] = made = self._new(width)
+            yield Draft("enter", (), made, front, node=node, options={"beside": beside})
+
     def _step(self, node: fx.Node, found: Found, reads: list[Value]) -> Draft:
         made, options = self._tiled[node].value, dict(found.options)
         front = _front(found.reads[0])
-        if found.kind == "attend":
-            front = _front(self._tiled[found.reads[0]].maker)
-            return Draft("attend", tuple(reads), made, front, options=options)
+        if found.kind in ("attend", "rotate"):
+            front = self._front_in_heads(found.reads[0])
+            return Draft(found.kind, tuple(reads), made, front, options=options)
         if found.kind == "multiply":
             return Draft("multiply", tuple(reads), made, front, layers=(str(node.target),))
         pair = options.pop("pair", None)

@@ -5,7 +5,7 @@
 #include "packed.h"
 #include "tiles.h"
 
-enum Kind { kEnter = 0, kLeave, kMultiply, kNormalize, kCombine, kAttend };
+enum Kind { kEnter = 0, kLeave, kMultiply, kNormalize, kCombine, kAttend, kRotate };
 
 // One step. Which members count depends on its kind.
 struct Step {
@@ -16,12 +16,13 @@ struct Step {
   Slice input, output;
   int64_t features;      // of what is read; of attend those of all queries
   int64_t out_features;  // of attend, of all heads together
-  Epilogue epilogue;  // of multiply and combine; of attend the factor is the key, the addend the value
+  Epilogue epilogue;  // of multiply and combine; of attend the factor is the key, the addend the value;
+                      // of rotate they are cosines and sines
   const float* weight;  // of normalize, or nullptr
   const float* bias;    // likewise
   float epsilon;        // of normalize; of attend the scale
   void* tensor;         // of enter and leave; of attend the mask, or nullptr
   int64_t sequence_stride, token_stride;
-  int64_t heads, groups;  // of attend
+  int64_t heads, groups;  // of attend; rotate has heads alone
   int64_t mask_strides[4];
 };

@@ -103,12 +103,18 @@ void run_step(const Kernels& table, const Geometry& geometry, const Step& step, 
                     step.epsilon, step.flag != 0);
   } else if (step.kind == kCombine) {
     table.combine(geometry, span.tile, input, output, step.features, epilogue);
+  } else if (step.kind == kRotate) {
+    table.rotate(geometry, span.tile, input, output, step.heads, step.features / step.heads,
+                 epilogue.factor, epilogue.addend);
   } else {
     cross_edge(table, geometry, step, span.tile, input, output);
   }
 }
 
 }  // namespace
+
+// The number of this interface: one more whenever a function or a struct changes.
+EXPORT int mvpfx_interface() { return 2; }
 
 // The name of the instruction set in use.
 EXPORT const char* mvpfx_isa() { return kernels->name; }

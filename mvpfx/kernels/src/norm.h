@@ -1,4 +1,4 @@
-// Layer norm and RMS norm over the features of tiled activations.
+// Norms over the features of tiled activations, and what goes feature by feature.
 #pragma once
 
 #include "vector.h"
@@ -64,6 +64,28 @@ void combine(const Geometry& geometry, int64_t tile, const Slice& input, const S
         if (epilogue.factor.data) values[t] *= load(epilogue.factor.at(tile, f, width) + at);
         if (epilogue.addend.data) values[t] += load(epilogue.addend.at(tile, f, width) + at);
         store(y + at, values[t]);
+      }
+    }
+  }
+}
+
+// Of each head `width` features: x * cosines + (-second half, first half) * sines. The tables have the
+// features of one head.
+void rotate(const Geometry& geometry, int64_t tile, const Slice& input, const Slice& output,
+            int64_t heads, int64_t width, const Slice& cosines, const Slice& sines) {
+  int tokens = geometry.width(tile);
+  int64_t half = width / 2, step = half * tokens;
+  for (int64_t f = 0; f < half; ++f) {
+    const float* cosine = cosines.at(tile, f, tokens);
+    const float* sine = sines.at(tile, f, tokens);
+    for (int64_t head = 0; head < heads; ++head) {
+      const float* x = input.at(tile, head * width + f, tokens);
+      float* y = output.at(tile, head * width + f, tokens);
+      for (int lane = 0; lane < tokens; lane += kLanes) {
+        Vector first = load(x + lane), second = load(x + step + lane);
+        store(y + lane, first * load(cosine + lane) - second * load(sine + lane));
+        store(y + step + lane,
+              second * load(cosine + step + lane) + first * load(sine + step + lane));
       }
     }
   }

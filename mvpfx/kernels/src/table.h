@@ -16,6 +16,8 @@ struct Kernels {
                     bool centred);
   void (*combine)(const Geometry&, int64_t tile, const Slice& input, const Slice& output,
                   int64_t features, const Epilogue&);
+  void (*rotate)(const Geometry&, int64_t tile, const Slice& input, const Slice& output,
+                 int64_t heads, int64_t width, const Slice& cosines, const Slice& sines);
   void (*attend)(const Attention&, int64_t sequence, int64_t head, float* scratch);
   void (*enter_float)(const Geometry&, int64_t chunk, const float*, int64_t, int64_t, int64_t,
                       const Slice&);

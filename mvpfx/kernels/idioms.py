@@ -1,0 +1,140 @@
+"""What models write out in several operations, and tiles do in one: RMS norm, rotary embedding.
+
+Each is known by its last operation; those before it are looked at backwards, and are computed only
+where something else needs them too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from mvpfx.nodes import name_of
+
+PRODUCTS = ("mul", "__mul__", "__rmul__", "multiply")
+SUMS = ("add", "__add__", "__radd__")
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """`weight * x / sqrt(mean(x^2) + epsilon)`, over the features of a token."""
+
+    x: fx.Node
+    weight: fx.Node
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """`x * cosine + (-x2, x1) * sine` for `x` `[B, H, S, D]` with halves `x1` and `x2`.
+
+    Attributes:
+        cosine, sine: `[B or 1, S, D]`.
+    """
+
+    x: fx.Node
+    cosine: fx.Node
+    sine: fx.Node
+
+
+def find_rms_norm(node: fx.Node) -> RmsNorm | None:
+    """The norm whose last operation is this product."""
+    for weight, normed in _operands(node, PRODUCTS):
+        for x, inverse in _operands(_cast(normed), PRODUCTS):
+            epsilon = _inverse_root(inverse, x)
+            if epsilon is not None and weight.op == "get_attr":
+                return RmsNorm(_cast(x), weight, epsilon)
+    return None
+
+
+def _inverse_root(node: fx.Node, x: fx.Node) -> float | None:
+    """The epsilon of `rsqrt(mean(x^2, -1) + epsilon)`; None for anything else."""
+    inside = _only(node, "rsqrt")
+    if inside is None or _call(inside) not in SUMS or len(inside.args) != 2 or inside.kwargs:
+        return None
+    mean, epsilon = inside.args
+    if not isinstance(mean, fx.Node) or not isinstance(epsilon, float):
+        return None
+    dimension = mean.args[1] if len(mean.args) > 1 else mean.kwargs.get("dim")
+    last = dimension == -1 or (isinstance(dimension, (list, tuple)) and list(dimension) == [-1])
+    if _call(mean) != "mean" or not last or mean.kwargs.get("keepdim") is not True:
+        return None
+    square = mean.args[0] if mean.args else None
+    if not isinstance(square, fx.Node) or _call(square) != "pow" or square.kwargs:
+        return None
+    return epsilon if square.args == (x, 2) else None
+
+
+def find_rotation(node: fx.Node) -> Rotation | None:
+    """The rotation whose last operation is this sum."""
+    for straight, crossed in _operands(node, SUMS):
+        for x, cosine in _operands(straight, PRODUCTS):
+            for swapped, sine in _operands(crossed, PRODUCTS):
+                tables = [t for t in (_of_all_heads(cosine), _of_all_heads(sine)) if t]
+                if len(tables) == 2 and _swaps_halves(swapped, x):
+                    return Rotation(x, *tables)
+    return None
+
+
+def _swaps_halves(node: fx.Node, x: fx.Node) -> bool:
+    """Whether a node is `cat((-x2, x1))` of the halves of `x` along the last dimension."""
+    width = x.meta["val"].shape[-1] if "val" in x.meta else None
+    dimension = node.kwargs.get("dim", (*node.args, None, None)[1])
+    if _call(node) != "cat" or dimension != -1 or type(width) is not int or width % 2:
+        return False
+    parts = node.args[0]
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2:
+        return False
+    second, first = parts
+    upper = _only(second, "neg") if isinstance(second, fx.Node) else None
+    half = width // 2
+    return _is_slice(upper, x, slice(half, None)) and _is_slice(first, x, slice(None, half))
+
+
+def _is_slice(node: Any, x: fx.Node, wanted: slice) -> bool:
+    if not isinstance(node, fx.Node) or _call(node) not in ("getitem", "__getitem__"):
+        return False
+    return node.args == (x, (..., wanted))
+
+
+def _of_all_heads(node: fx.Node) -> fx.Node | None:
+    """The table `[B, S, D]` that a node is one for all heads of, `[B, 1, S, D]`."""
+    if _call(node) != "unsqueeze" or node.args[1:] != (1,) or node.kwargs:
+        return None
+    table = node.args[0]
+    value = table.meta.get("val") if isinstance(table, fx.Node) else None
+    return table if isinstance(table, fx.Node) and value is not None and value.dim() == 3 else None
+
+
+def _call(node: fx.Node) -> str:
+    """What a node calls; empty for a module, whose name says nothing."""
+    return name_of(node) if node.op.startswith("call") and node.op != "call_module" else ""
+
+
+def _operands(node: fx.Node, names: tuple[str, ...]) -> list[tuple[fx.Node, fx.Node]]:
+    """The two operands of a sum or a product, in both orders; none for anything else."""
+    if _call(node) not in names or len(node.args) != 2 or node.kwargs:
+        return []
+    left, right = node.args
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+        return []
+    return [(left, right), (right, left)]
+
+
+def _only(node: fx.Node, name: str) -> fx.Node | None:
+    """What a call of this name with one argument is given."""
+    if _call(node) != name or len(node.args) != 1 or node.kwargs:
+        return None
+    return node.args[0] if isinstance(node.args[0], fx.Node) else None
+
+
+def _cast(node: fx.Node) -> fx.Node:
+    """What a node is a conversion of, to another dtype or to its own; else itself."""
+    while _call(node) == "to" and len(node.args) == 2 and not node.kwargs:
+        source, dtype = node.args
+        if not isinstance(source, fx.Node) or not str(dtype).startswith("torch."):
+            break
+        node = source
+    return node

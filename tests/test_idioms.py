@@ -1,0 +1,111 @@
+"""RMS norms and rotary embeddings are known by what they compute, and nothing else is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from mvpfx.kernels.idioms import find_rms_norm, find_rotation
+from mvpfx.torch_private import FakeTensorMode
+
+
+class Weighted(nn.Module):
+    """What `compute` makes of its inputs and a weight of 8 features."""
+
+    def __init__(self, compute: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8))
+        self.compute = compute
+
+    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        return self.compute(self.weight, x, cosine, sine)
+
+
+def last(compute: Callable[..., Tensor]) -> fx.Node:
+    """The node that computes the result, with fake values on all nodes."""
+    traced = fx.symbolic_trace(Weighted(compute))
+    table = torch.rand(1, 4, 8)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        FakeTensorProp(traced, mode).propagate(torch.rand(2, 4, 4, 8), table, table)
+    (output,) = traced.graph.find_nodes(op="output")
+    found = output.args[0]
+    assert isinstance(found, fx.Node)
+    return found
+
+
+NORMS: dict[str, Callable[..., Tensor]] = {
+    "weight first": lambda w, x, c, s: (
+        w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+    ),
+    "weight last": lambda w, x, c, s: x * torch.rsqrt(x.pow(2).mean([-1], keepdim=True) + 1e-6) * w,
+    "cast": lambda w, x, c, s: w * _normed(x.to(torch.float32)).to(torch.float64),
+}
+OTHERS: dict[str, Callable[..., Tensor]] = {
+    "another dimension": lambda w, x, c, s: w * x * torch.rsqrt(x.pow(2).mean(2, True) + 1e-6),
+    "no keepdim": lambda w, x, c, s: w * (x * torch.rsqrt(x.pow(2).mean(-1).unsqueeze(-1) + 1e-6)),
+    "a cube": lambda w, x, c, s: w * (x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True) + 1e-6)),
+    "of something else": lambda w, x, c, s: w * (x * torch.rsqrt(_variance(-x) + 1e-6)),
+    "a root": lambda w, x, c, s: w * (x * torch.sqrt(_variance(x) + 1e-6)),
+    "no epsilon": lambda w, x, c, s: w * (x * torch.rsqrt(_variance(x))),
+    "no weight": lambda w, x, c, s: x * (x * torch.rsqrt(_variance(x) + 1e-6)),
+    "weight and one": lambda w, x, c, s: (1 + w) * (x * torch.rsqrt(_variance(x) + 1e-6)),
+    "no product": lambda w, x, c, s: w + (x * torch.rsqrt(_variance(x) + 1e-6)),
+}
+
+
+def _variance(x: Tensor) -> Tensor:
+    return x.pow(2).mean(-1, keepdim=True)
+
+
+def _normed(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(_variance(x) + 1e-6)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_rms_norms(name: str) -> None:
+    found = find_rms_norm(last(NORMS[name]))
+    assert found is not None
+    assert (found.x.name, found.weight.name, found.epsilon) == ("x", "weight", 1e-6)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_no_rms_norm(name: str) -> None:
+    assert find_rms_norm(last(OTHERS[name])) is None
+
+
+def _halves(x: Tensor, low: int = 4) -> Tensor:
+    return torch.cat((-x[..., low:], x[..., :low]), dim=-1)
+
+
+ROTATIONS: dict[str, Callable[..., Tensor]] = {
+    "as in Llama": lambda w, x, c, s: x * c.unsqueeze(1) + _halves(x) * s.unsqueeze(1),
+    "the other way": lambda w, x, c, s: s.unsqueeze(1) * _halves(x) + c.unsqueeze(1) * x,
+}
+OTHER_SUMS: dict[str, Callable[..., Tensor]] = {
+    "heads elsewhere": lambda w, x, c, s: x * c.unsqueeze(2) + _halves(x) * s.unsqueeze(2),
+    "unequal parts": lambda w, x, c, s: x * c.unsqueeze(1) + _halves(x, 3) * s.unsqueeze(1),
+    "no sign": lambda w, x, c, s: (
+        x * c.unsqueeze(1) + torch.cat((x[..., 4:], x[..., :4]), dim=-1) * s.unsqueeze(1)
+    ),
+    "not swapped": lambda w, x, c, s: (
+        x * c.unsqueeze(1) + torch.cat((-x[..., :4], x[..., 4:]), dim=-1) * s.unsqueeze(1)
+    ),
+    "of something else": lambda w, x, c, s: x * c.unsqueeze(1) + _halves(-x) * s.unsqueeze(1),
+    "a difference": lambda w, x, c, s: x * c.unsqueeze(1) - _halves(x) * s.unsqueeze(1),
+}
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_rotations(name: str) -> None:
+    found = find_rotation(last(ROTATIONS[name]))
+    assert found is not None
+    assert (found.x.name, found.cosine.name, found.sine.name) == ("x", "cosine", "sine")
+
+
+@pytest.mark.parametrize("name", OTHER_SUMS)
+def test_what_is_no_rotation(name: str) -> None:
+    assert find_rotation(last(OTHER_SUMS[name])) is None
