@@ -111,7 +111,8 @@ def test_a_decoder_is_one_chain_too() -> None:
     (variant,) = regions(small)["model"].captured()
     chains = [n.target for n in variant.graph.nodes if isinstance(n.target, Chain)]
     kinds = [step.kind for step in chains[0].steps]
-    blocks = model.config.num_hidden_layers
+    config: Any = model.config
+    blocks = config.num_hidden_layers
     assert len(chains) == 1
     assert [kinds.count(kind) for kind in ("attend", "rotate")] == [blocks, 2 * blocks]
     assert kinds.count("normalize") == 2 * blocks

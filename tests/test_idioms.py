@@ -12,11 +12,14 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from mvpfx.kernels.idioms import find_rms_norm, find_rotation
 from mvpfx.torch_private import FakeTensorMode
 
+Compute = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Of a weight, activations, cosines and sines."""
+
 
 class Weighted(nn.Module):
     """What `compute` makes of its inputs and a weight of 8 features."""
 
-    def __init__(self, compute: Callable[..., Tensor]) -> None:
+    def __init__(self, compute: Compute) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.rand(8))
         self.compute = compute
@@ -25,7 +28,7 @@ class Weighted(nn.Module):
         return self.compute(self.weight, x, cosine, sine)
 
 
-def last(compute: Callable[..., Tensor]) -> fx.Node:
+def last(compute: Compute) -> fx.Node:
     """The node that computes the result, with fake values on all nodes."""
     traced = fx.symbolic_trace(Weighted(compute))
     table = torch.rand(1, 4, 8)
@@ -37,14 +40,14 @@ def last(compute: Callable[..., Tensor]) -> fx.Node:
     return found
 
 
-NORMS: dict[str, Callable[..., Tensor]] = {
+NORMS: dict[str, Compute] = {
     "weight first": lambda w, x, c, s: (
         w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
     ),
     "weight last": lambda w, x, c, s: x * torch.rsqrt(x.pow(2).mean([-1], keepdim=True) + 1e-6) * w,
     "cast": lambda w, x, c, s: w * _normed(x.to(torch.float32)).to(torch.float64),
 }
-OTHERS: dict[str, Callable[..., Tensor]] = {
+OTHERS: dict[str, Compute] = {
     "another dimension": lambda w, x, c, s: w * x * torch.rsqrt(x.pow(2).mean(2, True) + 1e-6),
     "no keepdim": lambda w, x, c, s: w * (x * torch.rsqrt(x.pow(2).mean(-1).unsqueeze(-1) + 1e-6)),
     "a cube": lambda w, x, c, s: w * (x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True) + 1e-6)),
@@ -81,11 +84,11 @@ def _halves(x: Tensor, low: int = 4) -> Tensor:
     return torch.cat((-x[..., low:], x[..., :low]), dim=-1)
 
 
-ROTATIONS: dict[str, Callable[..., Tensor]] = {
+ROTATIONS: dict[str, Compute] = {
     "as in Llama": lambda w, x, c, s: x * c.unsqueeze(1) + _halves(x) * s.unsqueeze(1),
     "the other way": lambda w, x, c, s: s.unsqueeze(1) * _halves(x) + c.unsqueeze(1) * x,
 }
-OTHER_SUMS: dict[str, Callable[..., Tensor]] = {
+OTHER_SUMS: dict[str, Compute] = {
     "heads elsewhere": lambda w, x, c, s: x * c.unsqueeze(2) + _halves(x) * s.unsqueeze(2),
     "unequal parts": lambda w, x, c, s: x * c.unsqueeze(1) + _halves(x, 3) * s.unsqueeze(1),
     "no sign": lambda w, x, c, s: (
