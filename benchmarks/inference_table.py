@@ -13,6 +13,8 @@ from benchmarks.inference_models import DENSE, FOR_PEOPLE
 
 BEGIN = "<!-- cpu inference: made by python -m benchmarks.readme -->"
 END = "<!-- end of cpu inference -->"
+SUMMARY_BEGIN = "<!-- cpu summary: made by python -m benchmarks.readme -->"
+SUMMARY_END = "<!-- end of cpu summary -->"
 OWN, REFERENCE = "mvpfx", "torch"
 
 
@@ -41,6 +43,34 @@ def part(processor: str, lines: list[dict[str, Any]]) -> str:
         "\n".join([*machines(shown), "", *notes(shown)]),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def summary(results: Mapping[str, list[dict[str, Any]]]) -> str:
+    """For README: single weights of BERT-base, as times faster, on each kind of processor."""
+    densities: dict[float, None] = {}
+    rows: list[dict[str, str]] = []
+    for lines in results.values():
+        for cell, curve in curves(lines).items():
+            if (cell.model, cell.pattern) != (inference_plot.MODEL, "unstructured"):
+                continue
+            sparse = {density: line for density, line in curve.items() if density < 1}
+            densities |= dict.fromkeys(sparse)
+            line = next(iter(sparse.values()))
+            rows.append(
+                {
+                    "processor": line["environment"]["processor"],
+                    "dtype": cell.dtype,
+                    "batch": str(cell.batch),
+                    "threads": str(cell.threads),
+                    **{f"{d:.0%}": both(line) for d, line in sparse.items()},
+                }
+            )
+    if not rows:
+        return "No result file yet."
+    columns = [f"{density:.0%}" for density in sorted(densities, reverse=True)]
+    names = ("processor", "dtype", "batch", "threads", *columns)
+    table = [[row.get(name, "") for name in names] for row in rows]
+    return tabulate(table, headers=names, tablefmt="github", disable_numparse=True)
 
 
 def detail(found: dict[Cell, dict[float, dict[str, Any]]]) -> str:

@@ -91,10 +91,16 @@ def inference(results: list[dict[str, Any]]) -> str:
     return inference_table.table(inference_cells.results())
 
 
+def inference_summary(results: list[dict[str, Any]]) -> str:
+    """A part of them, for README."""
+    return inference_table.summary(inference_cells.results())
+
+
 TABLES: dict[tuple[str, str], Callable[[list[dict[str, Any]]], str]] = {
     (BEGIN, END): table,
     (accuracy_table.BEGIN, accuracy_table.END): studied,
     (inference_table.BEGIN, inference_table.END): inference,
+    (inference_table.SUMMARY_BEGIN, inference_table.SUMMARY_END): inference_summary,
     (coverage_table.BEGIN, coverage_table.END): coverage_table.table,
     (structured_table.LATENCY_BEGIN, structured_table.LATENCY_END): structured_table.latency,
     (structured_table.PEERS_BEGIN, structured_table.PEERS_END): structured_table.peers,

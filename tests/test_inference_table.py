@@ -114,6 +114,15 @@ def test_the_tables() -> None:
     ]
 
 
+def test_the_summary() -> None:
+    text = inference_table.summary({"amx": lines(), "none": []}) + "\n\n"
+    assert rows(text, "|processor|dtype|batch|threads|50%|10%|") == [
+        "P | fp32 | 1 | 1 | 2.00x, 1.60x onnxruntime | 4.00x, 3.20x onnxruntime",
+        "P | fp32 | 16 | 1 |  | -",
+    ]
+    assert inference_table.summary({"amx": []}) == "No result file yet."
+
+
 @pytest.mark.parametrize("found", [[], [line(1.0, 90.0, pattern="dense")]])
 def test_no_curves_make_no_table_and_no_plot(found: list[dict[str, Any]], tmp_path: Path) -> None:
     assert inference_table.table({"amx": found}) == "No result file yet."
