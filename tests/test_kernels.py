@@ -239,6 +239,25 @@ def test_attention(sizes: tuple[int, int, int, int, int]) -> None:
             assert largest(found, wanted) <= 2e-5, name
 
 
+@pytest.mark.parametrize(
+    "sizes", [(1, 128, 4, 4, 64), (2, 77, 4, 2, 16), (3, 15, 2, 1, 10), (1, 65, 3, 3, 7)], ids=str
+)
+def test_attention_in_bfloat16(sizes: tuple[int, int, int, int, int]) -> None:
+    batch, size, heads, groups, width = sizes
+    x = [torch.randn(batch, size, n * width).bfloat16() for n in (heads, groups, groups)]
+    split = [t.double().view(batch, size, -1, width).transpose(1, 2) for t in x]
+    for name, mask in masks(batch, heads, size).items():
+        for causal in (False, True) if mask is None else (False,):
+            found = attended(x, heads, groups, mask, causal)
+            assert found.dtype is torch.bfloat16
+            added = mask if mask is None or mask.dtype is torch.bool else mask.double()
+            wanted = F.scaled_dot_product_attention(
+                *split, attn_mask=added, is_causal=causal, enable_gqa=True
+            )
+            wanted = wanted.transpose(1, 2).reshape(batch, size, heads * width)
+            assert largest(found, wanted) <= 1.5e-2, name
+
+
 def attended(x: list[Tensor], heads: int, groups: int, mask: Tensor | None, causal: bool) -> Tensor:
     widths = [t.shape[-1] for t in x]
     width = widths[0] // heads

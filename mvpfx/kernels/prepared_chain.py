@@ -150,7 +150,8 @@ class PreparedChain:
             call.epilogue.bias = None if packed.bias is None else packed.bias.data_ptr()
         elif step.kind == "attend":
             assert step.out is not None, "an attention makes something"
-            call.flag, call.epsilon, call.out_features = step.causal, step.scale, step.out.width
+            call.flag = step.causal + 2 * (self.dtype is torch.bfloat16)
+            call.epsilon, call.out_features = step.scale, step.out.width
             call.heads, call.groups = step.heads, step.groups
             if step.sources[0] >= 0:
                 self._masked.append((call, step.sources[0], step.heads))

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "attention_call.h"
-#include "vector.h"
+#include "multiply.h"
 
 namespace KERNEL_ISA {
 
@@ -32,8 +32,9 @@ inline Head head_of(const Geometry& geometry, const Slice& slice, int64_t first,
 }
 
 // out[r, :] (+)= sum over i of left[i * left_step + r * left_row] * right[i, :], for kCount rows and
-// kVectors vectors; rows of `right` and `out` are 64 wide.
-template <int kCount, int kVectors>
+// kVectors vectors; rows of `right` and `out` are 64 wide. With kHalves both sides have two bfloat16 in
+// the place of each float.
+template <bool kHalves, int kCount, int kVectors>
 inline void product(const float* left, int64_t left_row, int64_t left_step, const float* right,
                     int64_t length, float* out, bool more) {
   Vector sums[kCount][kVectors] = {};
@@ -46,9 +47,9 @@ inline void product(const float* left, int64_t left_row, int64_t left_step, cons
     for (int t = 0; t < kVectors; ++t) x[t] = load(right + i * kTile + t * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kCount; ++r) {
-      Vector w = broadcast(left[i * left_step + r * left_row]);
+      Vector w = spread<kHalves>(left[i * left_step + r * left_row]);
 #pragma GCC unroll 4
-      for (int t = 0; t < kVectors; ++t) sums[r][t] += w * x[t];
+      for (int t = 0; t < kVectors; ++t) sums[r][t] = add_product<kHalves>(sums[r][t], w, x[t]);
     }
   }
 #pragma GCC unroll 8
@@ -57,29 +58,30 @@ inline void product(const float* left, int64_t left_row, int64_t left_step, cons
     for (int t = 0; t < kVectors; ++t) store(out + r * kTile + t * kLanes, sums[r][t]);
 }
 
-template <int kVectors>
+template <bool kHalves, int kVectors>
 inline void products(const float* left, int64_t left_row, int64_t left_step, const float* right,
                      int64_t length, float* out, int64_t rows, bool more) {
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows)
-    product<kRows, kVectors>(left + r * left_row, left_row, left_step, right, length,
-                             out + r * kTile, more);
+    product<kHalves, kRows, kVectors>(left + r * left_row, left_row, left_step, right, length,
+                                      out + r * kTile, more);
   for (; r < rows; ++r)
-    product<1, kVectors>(left + r * left_row, left_row, left_step, right, length, out + r * kTile,
-                         more);
+    product<kHalves, 1, kVectors>(left + r * left_row, left_row, left_step, right, length,
+                                  out + r * kTile, more);
 }
 
 // The same for `queries` columns, a multiple of 16.
+template <bool kHalves>
 inline void wide_products(const float* left, int64_t left_row, int64_t left_step,
                           const float* right, int64_t length, float* out, int64_t rows,
                           int64_t queries, bool more) {
   int64_t vectors = queries / kLanes, done = 0;
   for (; vectors - done >= kWide; done += kWide)
-    products<kWide>(left, left_row, left_step, right + done * kLanes, length, out + done * kLanes,
-                    rows, more);
+    products<kHalves, kWide>(left, left_row, left_step, right + done * kLanes, length,
+                             out + done * kLanes, rows, more);
   for (; done < vectors; ++done)
-    products<1>(left, left_row, left_step, right + done * kLanes, length, out + done * kLanes, rows,
-                more);
+    products<kHalves, 1>(left, left_row, left_step, right + done * kLanes, length,
+                         out + done * kLanes, rows, more);
 }
 
 inline void add_mask(const Attention& a, int64_t sequence, int64_t head, int64_t first,
@@ -131,10 +133,14 @@ inline void softmax(float* scores, int64_t keys, int64_t queries, float scale, f
     softmax_strip<1>(scores + done * kLanes, keys, scale, inverse + done * kLanes);
 }
 
-// One tile of queries of one head, or what there is of it.
-inline void attend_tile(const Attention& a, int64_t sequence, int64_t head, int64_t first,
-                        const Head& query, const Head& key, const Head& value, float* scratch) {
+// One tile of queries of one head, or what there is of it. With kHalves queries and keys are pairs of
+// features, values pairs of tokens.
+template <bool kHalves>
+void attend_tile(const Attention& a, int64_t sequence, int64_t head, int64_t first,
+                 const Head& query, const Head& key, const Head& value, float* scratch) {
   const Geometry& g = a.geometry;
+  constexpr int kPair = kHalves ? 2 : 1;
+  int64_t width = (a.width + kPair - 1) / kPair;
   int64_t left = g.padded() - first, queries = left < kTile ? left : kTile;
   int64_t seen = a.causal && first + queries < g.tokens ? first + queries : g.tokens;
   float* result = scratch;
@@ -142,8 +148,8 @@ inline void attend_tile(const Attention& a, int64_t sequence, int64_t head, int6
   float inverse[kTile] __attribute__((aligned(64)));
   const float* q = query.data + first / kTile * query.stride;
   for (int64_t j = 0; j < seen; j += kTile)
-    wide_products(key.data + j / kTile * key.stride, 1, kTile, q, a.width, scores + j * kTile,
-                  seen - j < kTile ? seen - j : kTile, queries, false);
+    wide_products<kHalves>(key.data + j / kTile * key.stride, 1, kTile, q, width,
+                           scores + j * kTile, seen - j < kTile ? seen - j : kTile, queries, false);
   bool masked = a.mask || a.causal;
   if (masked) {
     for (int64_t i = 0; i < seen * kTile; i += kLanes)
@@ -154,9 +160,13 @@ inline void attend_tile(const Attention& a, int64_t sequence, int64_t head, int6
         scores[j * kTile + i] = -__builtin_inff();
   }
   softmax(scores, seen, queries, masked ? 1.0f : a.scale, inverse);
-  for (int64_t j = 0; j < seen; j += kTile)
-    wide_products(value.data + j / kTile * value.stride, kTile, 1, scores + j * kTile,
-                  seen - j < kTile ? seen - j : kTile, result, a.out_width, queries, j > 0);
+  if (kHalves) pair_features(seen, kTile, scores, scores);
+  for (int64_t j = 0; j < seen; j += kTile) {
+    int64_t keys = seen - j < kTile ? seen - j : kTile;
+    wide_products<kHalves>(value.data + j / kTile * value.stride, kTile / kPair, 1,
+                           scores + j / kPair * kTile, (keys + kPair - 1) / kPair, result,
+                           a.out_width, queries, j > 0);
+  }
   int64_t base = sequence * g.padded() + first;
   for (int64_t r = 0; r < a.out_width; ++r)
     for (int64_t at = 0; at < queries; at += kLanes) {
@@ -166,18 +176,60 @@ inline void attend_tile(const Attention& a, int64_t sequence, int64_t head, int6
     }
 }
 
+#if defined(KERNEL_AVX512_BF16)
+// Rows of tokens as pairs of neighbouring tokens.
+inline void pair_tokens(int64_t rows, const float* from, float* to) {
+  for (int64_t i = 0; i < rows * kTile; i += 2 * kLanes)
+    store(to + i / 2, cut_halves(load(from + i), load(from + i + kLanes)));
+}
+
+// A head with pairs of features, or of tokens, in `room`.
+inline Head paired(const Head& head, int64_t tiles, int64_t features, bool tokens, float* room) {
+  int64_t stride = tokens ? features * kTile / 2 : (features + 1) / 2 * kTile;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const float* from = head.data + tile * head.stride;
+    if (tokens)
+      pair_tokens(features, from, room + tile * stride);
+    else
+      pair_features(features, kTile, from, room + tile * stride);
+  }
+  return {room, stride};
+}
+
+// The token that only fills up the last pair: whatever it holds is multiplied by zero.
+inline void drop_token(const Head& head, int64_t token, int64_t features) {
+  float* pair = const_cast<float*>(head.data) + token / kTile * head.stride + token % kTile / 2;
+  for (int64_t f = 0; f < features; ++f, pair += kTile / 2) {
+    uint32_t bits;
+    std::memcpy(&bits, pair, sizeof(bits));
+    bits &= 0xffff;
+    std::memcpy(pair, &bits, sizeof(bits));
+  }
+}
+#endif
+
 // All queries of one head of one sequence.
 void attend(const Attention& a, int64_t sequence, int64_t head, float* scratch) {
   int64_t group = head / (a.heads / a.groups), tiles = a.tiles();
   float* keys = scratch;
-  float* values = keys + tiles * kTile * a.width;
+  float* values = keys + tiles * kTile * (a.width + 1);
   float* queries = values + tiles * kTile * a.out_width;
-  float* rest = queries + tiles * kTile * a.width;
+  float* rest = queries + tiles * kTile * (a.width + 1);
   Head key = head_of(a.geometry, a.key, group * a.width, a.width, sequence, keys);
   Head value = head_of(a.geometry, a.value, group * a.out_width, a.out_width, sequence, values);
   Head query = head_of(a.geometry, a.query, head * a.width, a.width, sequence, queries);
+  auto tile = attend_tile<false>;
+#if defined(KERNEL_AVX512_BF16)
+  if (a.halves) {
+    tile = attend_tile<true>;
+    key = paired(key, tiles, a.width, false, keys);
+    value = paired(value, tiles, a.out_width, true, values);
+    if (a.geometry.tokens % 2) drop_token(value, a.geometry.tokens, a.out_width);
+    query = paired(query, tiles, a.width, false, queries);
+  }
+  auto tile = a.halves ? attend_tile<true> : attend_tile<false>;
   for (int64_t first = 0; first < a.geometry.padded(); first += kTile)
-    attend_tile(a, sequence, head, first, query, key, value, rest);
+    tile(a, sequence, head, first, query, key, value, rest);
 }
 
 }  // namespace KERNEL_ISA

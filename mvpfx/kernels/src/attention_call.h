@@ -11,6 +11,7 @@ struct Attention {
   int64_t width, out_width;  // features of a head: of query and key, of value
   float scale;
   bool causal;
+  bool halves;  // whether products may be those of bfloat16, where there are such
   const float* mask;  // nullptr, or [sequences, heads, queries, keys]
   int64_t mask_strides[4];
 
@@ -18,8 +19,8 @@ struct Attention {
   int64_t tiles() const { return (geometry.padded() + kTile - 1) / kTile; }
 };
 
-// Floats that `attend` needs for itself: keys, values and queries where they have to be copied,
-// the scores of one tile of queries, and its result.
+// Floats that `attend` needs for itself: keys, values and queries where they have to be copied or
+// paired, the scores of one tile of queries, and its result.
 inline int64_t scratch_floats(const Attention& a) {
-  return kTile * (a.tiles() * (2 * a.width + a.out_width + kTile) + a.out_width);
+  return kTile * (a.tiles() * (2 * (a.width + 1) + a.out_width + kTile) + a.out_width);
 }

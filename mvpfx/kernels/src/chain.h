@@ -11,7 +11,7 @@ enum Kind { kEnter = 0, kLeave, kMultiply, kNormalize, kCombine, kAttend, kRotat
 struct Step {
   int32_t kind;
   int32_t flag;  // enter, leave: the tensor is bfloat16; normalize: the mean is taken away; attend:
-                 // a token sees itself and those before it
+                 // 1 for a token sees itself and those before it, 2 for activations are bfloat16
   const Packed* packed;
   Slice input, output;
   int64_t features;      // of what is read; of attend those of all queries

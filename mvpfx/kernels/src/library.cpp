@@ -185,7 +185,8 @@ Attention attention_of(const Geometry& geometry, const Step& step) {
                       step.features / step.heads,
                       step.out_features / step.heads,
                       step.epsilon,
-                      step.flag != 0,
+                      (step.flag & 1) != 0,
+                      (step.flag & 2) != 0,
                       static_cast<const float*>(step.tensor),
                       {}};
   std::memcpy(attention.mask_strides, step.mask_strides, sizeof(step.mask_strides));

@@ -72,6 +72,13 @@ inline Vector join_halves(Vector low, Vector high) {
 #endif
 }
 
+#if defined(KERNEL_AVX512_BF16)
+// The values of two vectors as bfloat16, one after the other.
+inline Vector cut_halves(Vector first, Vector second) {
+  return (Vector)_mm512_cvtne2ps_pbh(second, first);
+}
+#endif
+
 // The functions below take several vectors at a time, step by step: each step of one vector waits
 // for the step before, and the other vectors fill the time.
 template <int kCount>
