@@ -227,7 +227,7 @@ void attend(const Attention& a, int64_t sequence, int64_t head, float* scratch) 
     if (a.geometry.tokens % 2) drop_token(value, a.geometry.tokens, a.out_width);
     query = paired(query, tiles, a.width, false, queries);
   }
-  auto tile = a.halves ? attend_tile<true> : attend_tile<false>;
+#endif
   for (int64_t first = 0; first < a.geometry.padded(); first += kTile)
     tile(a, sequence, head, first, query, key, value, rest);
 }
