@@ -8,13 +8,19 @@ import torch
 from torch import Tensor
 
 from mvpfx.granularity import Granularity, from_matrix, to_matrix
+from mvpfx.recomputing import product, remember
 from mvpfx.torch_private import transforms_active
+from mvpfx.training_kernels import library
+
+_CHUNK = 1 << 17
+"""Weights whose movement is summed at a time: their products stay in a CPU's cache."""
 
 
-class _StraightThrough(torch.autograd.Function):
+class _MaskedWeight(torch.autograd.Function):
     """`W' = W * M`; `dW = dW' * M`; `dS = dW' * W` summed over each unit, masked or not.
 
     Sanh et al. 2020, Eq. 2: the derivative of the mask with respect to the scores is taken as 1.
+    Autograd adds up the gradients of all uses of `W'` before they come here, so `dW'` is read once.
     """
 
     # One forward with ctx: with setup_context, torch binds the arguments anew in each call, which
@@ -23,7 +29,7 @@ class _StraightThrough(torch.autograd.Function):
     def forward(
         ctx: Any,
         weight: Tensor,
-        scores: Tensor,
+        scores: Tensor | None,
         mask: Tensor | None,
         granularity: Granularity,
         out_dim: int,
@@ -31,19 +37,38 @@ class _StraightThrough(torch.autograd.Function):
     ) -> Tensor:
         ctx.granularity, ctx.out_dim, ctx.parts = granularity, out_dim, parts
         ctx.save_for_backward(weight if ctx.needs_input_grad[1] else None, mask)
-        return weight.view_as(weight) if mask is None else weight * mask
+        if mask is None:
+            return weight.view_as(weight)
+        if torch.compiler.is_compiling():
+            return weight * mask
+        masked = product(weight, mask)
+        remember(masked, weight, mask)
+        return masked
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         weight, mask = ctx.saved_tensors
+        trains, learns = ctx.needs_input_grad[:2]
+        layout = (ctx.out_dim, ctx.parts)
+        native = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
         weight_grad = score_grad = None
-        if ctx.needs_input_grad[0]:
-            weight_grad = grad if mask is None else grad * mask
-        if ctx.needs_input_grad[1]:
-            movement = to_matrix(grad.float() * weight.float(), ctx.out_dim, ctx.parts)
-            score_grad = ctx.granularity.reduce(movement, ctx.parts)
+        if trains and learns and mask is not None and native and ctx.granularity.is_element:
+            if library.serves(grad, weight, mask):
+                weight_grad, movement = library.gradients(grad, weight, mask)
+                return weight_grad, to_matrix(movement, *layout), None, None, None, None
+        if trains:
+            weight_grad = grad if mask is None else (product if native else torch.mul)(grad, mask)
+        if learns:
+            score_grad = _movement(grad, weight, ctx.granularity, *layout)
         return weight_grad, score_grad, None, None, None, None
+
+
+def _movement(
+    grad: Tensor, weight: Tensor, granularity: Granularity, out_dim: int, parts: int
+) -> Tensor:
+    """`dW' * W` in float32, summed over each unit: `[r, c]`."""
+    return granularity.reduce(to_matrix(grad.float() * weight.float(), out_dim, parts), parts)
 
 
 def apply_mask(
@@ -64,16 +89,19 @@ def apply_mask(
         out_dim: which dimension of the weight holds the output features.
         parts: number of matrices that the weight stacks.
     """
-    if scores is None or not torch.is_grad_enabled():
+    compiling = torch.compiler.is_compiling()
+    if not torch.is_grad_enabled():
+        return weight if mask is None else weight * mask if compiling else product(weight, mask)
+    if scores is None and (mask is None or compiling):
         return weight if mask is None else weight * mask
-    if not torch.compiler.is_compiling() and transforms_active():
+    if not compiling and transforms_active():
         return _as_plain_operations(weight, scores, mask, granularity, out_dim, parts)
-    return _StraightThrough.apply(weight, scores, mask, granularity, out_dim, parts)  # pyright: ignore[reportReturnType]
+    return _MaskedWeight.apply(weight, scores, mask, granularity, out_dim, parts)  # pyright: ignore[reportReturnType]
 
 
 def _as_plain_operations(
     weight: Tensor,
-    scores: Tensor,
+    scores: Tensor | None,
     mask: Tensor | None,
     granularity: Granularity,
     out_dim: int,
@@ -82,7 +110,10 @@ def _as_plain_operations(
     """The same with zeros that carry the gradient, which all transforms of torch.func understand;
     slower and in need of more memory.
     """
+    masked = weight if mask is None else weight * mask
+    if scores is None:
+        return masked
     height, width = to_matrix(weight, out_dim, parts).shape
     zeros = granularity.expand(scores - scores.detach(), height, width)
     movement = from_matrix(zeros, weight.shape, out_dim, parts).to(weight.dtype) * weight.detach()
-    return (weight if mask is None else weight * mask) + movement
+    return masked + movement
