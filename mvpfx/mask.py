@@ -236,7 +236,7 @@ class Mask(MaskState):
         if self._cache is None or self._cache[0] is not key:
             with torch.no_grad(), torch.inference_mode(False), transforms_off():
                 stored = self.stored()
-                if stored is not None:
+                if stored is not None and not self._is_ranked:
                     self.check_finite(stored.detach())
                 kept = self.decide()
                 matrix = self.granularity.expand(kept, *matrix_shape(self.site))
@@ -246,6 +246,12 @@ class Mask(MaskState):
                 return kept, mask  # a rank that kept all masks would hold a byte for each weight
             self._cache = (key, kept, mask)
         return self._cache[1], self._cache[2]
+
+    @property
+    def _is_ranked(self) -> bool:
+        """Whether a ranking of this very mask looks at its whole scores, and refuses NaN."""
+        alone = self.leader is None and self.shard is None
+        return alone and self.criterion.pooled and not self.frozen
 
     def decide(self) -> Tensor:
         """Which units stay, computed anew: bool `[r, c]`."""
