@@ -12,9 +12,6 @@ from mvpfx.recomputing import product, remember
 from mvpfx.torch_private import transforms_active
 from mvpfx.training_kernels import library
 
-_CHUNK = 1 << 17
-"""Weights whose movement is summed at a time: their products stay in a CPU's cache."""
-
 
 class _MaskedWeight(torch.autograd.Function):
     """`W' = W * M`; `dW = dW' * M`; `dS = dW' * W` summed over each unit, masked or not.
@@ -50,18 +47,35 @@ class _MaskedWeight(torch.autograd.Function):
         (grad,) = grads
         weight, mask = ctx.saved_tensors
         trains, learns = ctx.needs_input_grad[:2]
-        layout = (ctx.out_dim, ctx.parts)
         native = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
         weight_grad = score_grad = None
-        if trains and learns and mask is not None and native and ctx.granularity.is_element:
-            if library.serves(grad, weight, mask):
-                weight_grad, movement = library.gradients(grad, weight, mask)
-                return weight_grad, to_matrix(movement, *layout), None, None, None, None
+        if trains and learns and mask is not None and native:
+            both = _both(grad, weight, mask, ctx.granularity, ctx.out_dim, ctx.parts)
+            if both is not None:
+                return *both, None, None, None, None
         if trains:
             weight_grad = grad if mask is None else (product if native else torch.mul)(grad, mask)
         if learns:
-            score_grad = _movement(grad, weight, ctx.granularity, *layout)
+            score_grad = _movement(grad, weight, ctx.granularity, ctx.out_dim, ctx.parts)
         return weight_grad, score_grad, None, None, None, None
+
+
+def _both(
+    grad: Tensor, weight: Tensor, mask: Tensor, granularity: Granularity, out_dim: int, parts: int
+) -> tuple[Tensor, Tensor] | None:
+    """The gradients of weight and scores in one pass; None where the library does not serve."""
+    if not library.serves(grad, weight, mask):
+        return None
+    if granularity.is_element:
+        weight_grad, movement = library.gradients(grad, weight, mask)
+        return weight_grad, to_matrix(movement, out_dim, parts)
+    matrix = to_matrix(grad, out_dim, parts)
+    if granularity.copies > 1 or matrix.data_ptr() != grad.data_ptr() or not matrix.is_contiguous():
+        return None
+    height, width = matrix.shape
+    rows, cols = granularity.rows or height // parts, granularity.cols or width
+    units = (height // rows, width // cols)
+    return library.block_gradients(grad, weight, mask, units, (rows, cols))
 
 
 def _movement(

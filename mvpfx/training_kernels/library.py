@@ -1,7 +1,8 @@
 """The native library of the training step: whether it is there, and what it does.
 
 It is built with the package where there is a C++ compiler. Each function has a twin in plain
-operations of torch that gives the same values, to the bit; callers ask `serves` which to take.
+operations of torch that gives the same values, sums up to the order of their terms; callers ask
+`serves` which to take.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "mvpfx_training_version": (c_int, ()),
     "mvpfx_mask": (None, (c_void_p, c_void_p, c_void_p, c_int64, c_int)),
     "mvpfx_mask_gradients": (None, (*[c_void_p] * 5, c_int64, c_int)),
+    "mvpfx_block_gradients": (None, (*[c_void_p] * 5, *[c_int64] * 4, c_int)),
     "mvpfx_at_least": (None, (c_void_p, c_float, c_void_p, c_int64, c_int)),
     "mvpfx_split": (
         c_int64,
@@ -63,6 +65,26 @@ def gradients(gradient: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tensor, T
     pointers = [each.data_ptr() for each in (gradient, weight, mask, masked, movement)]
     _library().mvpfx_mask_gradients(*pointers, gradient.numel(), torch.get_num_threads())
     return masked, movement
+
+
+def block_gradients(
+    gradient: Tensor, weight: Tensor, mask: Tensor, units: tuple[int, int], block: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """`gradient * mask`, and `gradient * weight` summed over each block, float32, in one pass.
+
+    Args:
+        gradient, weight, mask: any shape that is a matrix when flattened.
+        units: number of blocks along (rows, columns) of that: the shape of the sums.
+        block: rows and columns of a block.
+    """
+    masked = torch.empty_like(gradient)
+    sums = torch.empty(units, dtype=torch.float32)
+    pointers = [each.data_ptr() for each in (gradient, weight, mask, masked, sums)]
+    (units_down, units_across), (rows, cols) = units, block
+    _library().mvpfx_block_gradients(
+        *pointers, units_down, rows, units_across, cols, torch.get_num_threads()
+    )
+    return masked, sums
 
 
 def at_least(values: Tensor, cut: float) -> Tensor:

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "../../kernels/src/parallel.h"
 
@@ -45,6 +46,28 @@ CLONED void multiply_both(const float* __restrict gradient, const float* __restr
     masked[i] = gradient[i] * static_cast<float>(mask[i]);
     movement[i] = gradient[i] * weight[i];
   }
+}
+
+// The same for one row, its movement added to `sums`.
+CLONED void multiply_and_add(const float* __restrict gradient, const float* __restrict weight,
+                             const uint8_t* __restrict mask, float* __restrict masked,
+                             float* __restrict sums, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    masked[i] = gradient[i] * static_cast<float>(mask[i]);
+    sums[i] += gradient[i] * weight[i];
+  }
+}
+
+CLONED double sum(const float* values, int64_t count) {
+  constexpr int64_t kLanes = 16;
+  float lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += values[i + lane];
+  double total = 0;
+  for (float lane : lanes) total += lane;
+  for (; i < count; ++i) total += values[i];
+  return total;
 }
 
 CLONED void at_least(const float* __restrict values, float cut, uint8_t* __restrict out,
@@ -122,6 +145,30 @@ EXPORT void mvpfx_mask_gradients(const float* gradient, const float* weight, con
     const int64_t at = chunk * kChunk;
     multiply_both(gradient + at, weight + at, mask + at, masked + at, movement + at,
                   length(chunk, count));
+  });
+}
+
+// A weight of `units` x `height` rows and `across` x `width` columns, in blocks of height x width:
+// masked = gradient * mask, and sums[unit, block] = the sum of gradient * weight over the block.
+EXPORT void mvpfx_block_gradients(const float* gradient, const float* weight, const uint8_t* mask,
+                                  float* masked, float* sums, int64_t units, int64_t height,
+                                  int64_t across, int64_t width, int threads) {
+  constexpr int64_t kRows = 64;  // added up in float, then in double
+  const int64_t columns = across * width;
+  parallel(units, threads, [&](int64_t unit) {
+    std::vector<float> movement(columns);
+    std::vector<double> totals(across);
+    for (int64_t start = 0; start < height; start += kRows) {
+      std::fill(movement.begin(), movement.end(), 0.0f);
+      for (int64_t row = start; row < std::min(start + kRows, height); ++row) {
+        const int64_t at = (unit * height + row) * columns;
+        multiply_and_add(gradient + at, weight + at, mask + at, masked + at, movement.data(),
+                         columns);
+      }
+      for (int64_t block = 0; block < across; ++block)
+        totals[block] += sum(movement.data() + block * width, width);
+    }
+    std::copy(totals.begin(), totals.end(), sums + unit * across);
   });
 }
 
