@@ -127,9 +127,14 @@ class Criterion(ABC):
 
     def apply(self, mask: Mask, weight: Tensor) -> Tensor:
         """The weight the matmul sees, of the same shape and dtype: by default `W * M`."""
-        scores = mask.learned_scores() if self.stored == "parameter" else None
-        site, factor = mask.site, mask.factor(weight)
-        return apply_mask(weight, scores, factor, mask.granularity, site.out_dim, site.parts)
+        adds_up = mask.accumulates
+        scores = mask.learned_scores() if self.stored == "parameter" and not adds_up else None
+        whole = adds_up and mask.watcher is not None
+        return apply_mask(weight, scores, mask.factor(weight), mask.layout, whole)
+
+    def accumulates(self, mask: Mask) -> bool:
+        """Whether scores add up what the weight's gradient says of them, not by an optimizer."""
+        return False
 
     def cutoff(self, mask: Mask) -> float:
         """The score above which units stay; for `penalised` ones."""

@@ -39,6 +39,7 @@ class Mask(MaskState):
         followers: masks of other weights, whose units of the same channels these scores decide on.
 
     Attributes:
+        accumulates: whether scores add up what the weight's gradient says of them.
         leader: the mask that decides on these units; None where it is this one.
         scores: float32 `[r, c]` whatever the dtype of the weight; None where not stored.
         granularity: of the scores.
@@ -67,6 +68,7 @@ class Mask(MaskState):
         self.followers = tuple(followers)
         for follower in self.followers:
             follower.__dict__["leader"] = self  # which belongs to a module of its own
+        self.accumulates = self.criterion.accumulates(self)
         self._cache: tuple[Hashable, Tensor, Tensor] | None = None
         self.plan = None
         self.make_scores()
@@ -77,7 +79,8 @@ class Mask(MaskState):
             scores = self.criterion.initial(self)
         if scores is not None:
             learned = self.criterion.stored == "parameter"
-            self.scores = nn.Parameter(scores) if learned else scores
+            trains = not self.accumulates  # DDP waits for a gradient of all that does
+            self.scores = nn.Parameter(scores, requires_grad=trains) if learned else scores
             for name in self.criterion.averages:
                 average = self.criterion.average(self, name)
                 self.register_parameter(name, nn.Parameter(average, requires_grad=False))
@@ -91,6 +94,12 @@ class Mask(MaskState):
         """The value of one of the criterion's options."""
         default = self.criterion.options[name].default
         return self.rule.criterion_options.get(name, default)
+
+    def rated(self) -> list[nn.Parameter]:
+        """Its parameters whose learning rate counts."""
+        own = self._parameters.items()
+        held = [(name, p) for name, p in own if p is not None]
+        return [p for name, p in held if p.requires_grad or (name == "scores" and self.accumulates)]
 
     def averages(self) -> list[nn.Parameter]:
         """What the criterion keeps beside the scores, in its order."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mvpfx.distributed import gathered, is_sharded
-from mvpfx.granularity import Granularity, to_matrix
+from mvpfx.granularity import Granularity, Layout, to_matrix
 from mvpfx.mask_operator import register_source
 from mvpfx.schedule import Rewind, Schedule
 from mvpfx.site import Site
@@ -29,6 +29,8 @@ class MaskState(nn.Module):
         followers: masks of other weights, whose units of the same channels these scores decide on.
         scores: float32 `[r, c]` whatever the dtype of the weight; None where not stored.
         handle: by which compiled graphs find this very mask.
+        watcher: number of who takes whole gradients of the weight apart, for scores and weight,
+            before an optimizer steps; None where nobody does, and they come masked.
         frozen: whether `frozen_kept` says what stays, not the criterion.
         frozen_kept: bool `[r, c]`, which units stay; None where the schedule never freezes.
         remembered_weight: what the weight goes back to; None where the schedule never rewinds.
@@ -42,11 +44,13 @@ class MaskState(nn.Module):
     def __init__(self, site: Site, weight: nn.Parameter, granularity: Granularity) -> None:
         super().__init__()
         self.site, self.granularity = site, granularity
+        self.layout = Layout(granularity, site.out_dim, site.parts)
         self.followers: tuple[MaskState, ...] = ()
         self.hold(weight)
         for name in ("scores", "frozen_kept", "remembered_weight"):
             self.register_buffer(name, None)
         self.frozen = False
+        self.watcher: int | None = None
         self.handle = register_source(self)
 
     def hold(self, weight: nn.Parameter) -> None:
@@ -167,7 +171,8 @@ class MaskState(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to this very mask."""
         own = ("handle", "_last_stored", "_shard")
-        return {key: value for key, value in self.__dict__.items() if key not in own}
+        kept = {key: value for key, value in self.__dict__.items() if key not in own}
+        return {**kept, "watcher": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
