@@ -40,7 +40,7 @@ class NaiveLinear(nn.Linear):
     """
 
     def __init__(self, layer: nn.Linear, density: float, block: tuple[int, int]) -> None:
-        super().__init__(layer.in_features, layer.out_features, layer.bias is not None)
+        super().__init__(layer.in_features, layer.out_features)
         self.weight, self.bias = layer.weight, layer.bias
         self.density, self.block = density, block
         rows, cols = layer.out_features // block[0], layer.in_features // block[1]

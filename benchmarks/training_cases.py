@@ -21,7 +21,7 @@ from benchmarks.workloads import Batch
 
 DENSITY = 0.15
 STEPS, DONE = 10_000, 3_000
-"""Of a run, and where in it the timed steps are: while the density falls, the masks move in each."""
+"""Of a run, and where in it the timed steps are: the density falls, and masks move in each."""
 BLOCK = (32, 32)
 
 
@@ -46,7 +46,7 @@ class Shape:
             intermediate_size=self.ffn,
             vocab_size=self.vocabulary,
         )
-        return BertForSequenceClassification(config).to(device)
+        return nn.Module.to(BertForSequenceClassification(config), device)
 
     def batch(self, tokens: int, device: torch.device) -> Batch:
         """Up to 32 sequences of `tokens` in all."""

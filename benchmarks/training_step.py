@@ -4,10 +4,10 @@
     python -m benchmarks.training_step --shape MiniLM-L6 --tokens 800 --cases main --mode eager
 
 A cell is a shape, a number of tokens a step, and eager or `torch.compile`. In each, every case is
-built with random weights and AdamW (fused): first alone, for its peak memory, then beside the others,
-which take turns, for its time. The naive module sorts its scores in every forward. Measured beside
-these are the exact threshold alone, and the evaluation of a prepared model. With a CUDA device the
-same runs there. Cells that are in the result file already are measured anew and replaced.
+built with random weights and AdamW (fused): first alone, for its peak memory, then beside the
+others, which take turns, for its time. The naive module sorts its scores in every forward. With
+`--alone`, the exact threshold alone, and the evaluation of a prepared model. With a CUDA device the
+same runs there. Cells that are in the result file already are replaced, all others stay in it.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from benchmarks.training_cases import (
     peak_of,
 )
 from mvpfx.cost import compare
+from mvpfx.selection import find_cut
 from mvpfx.top_v import top_v
 
 RESULT = results_file.FOLDER / "training_step.json"
@@ -110,8 +111,6 @@ def measure_threshold(device: torch.device, count: int, rounds: int) -> dict[str
 def cut_of(scores: Tensor, count: int) -> None:
     """Find the threshold; on an accelerator, where it is not read back, with the mask it makes."""
     if scores.device.type == "cpu":
-        from mvpfx.selection import find_cut
-
         find_cut([scores], count)
     else:
         top_v([scores], count)
@@ -124,9 +123,9 @@ def extra_bytes(call: Any, device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        with record_function("call"):
-            call()
+    options: Any = {"activities": [ProfilerActivity.CPU], "profile_memory": True}
+    with profile(**options) as profiler, record_function("call"):
+        call()
     return peak_of(profiler, "call")
 
 

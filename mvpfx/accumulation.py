@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,8 +90,8 @@ def accumulate(masks: Sequence[Mask], optimizer: Optimizer) -> None:
     groups = optimizer.param_groups
     rates: Mapping[int, float] = {id(p): g["lr"] for g in groups for p in g["params"]}
     for mask in masks:
-        members = [m for m in (mask, *mask.followers) if id(m.weight) in rates]
-        members = [member for member in members if member.weight.grad is not None]
+        family = [mask, *cast("tuple[Mask, ...]", mask.followers)]
+        members = [m for m in family if id(m.weight) in rates and m.weight.grad is not None]
         scores = mask.require_scores()
         if members and id(scores) not in rates:
             raise ValueError(

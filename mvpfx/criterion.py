@@ -133,7 +133,7 @@ class Criterion(ABC):
         factor, whole = mask.factor(weight), adds_up and mask.watcher is not None
         if torch.is_grad_enabled() or factor is None or torch.compiler.is_compiling():
             return apply_mask(weight, scores, factor, mask.layout, whole)
-        return mask.held(weight, factor, None, lambda: product(weight, factor))
+        return mask.held.of(weight, factor, None, lambda: product(weight, factor))
 
     def accumulates(self, mask: Mask) -> bool:
         """Whether scores add up what the weight's gradient says of them, not by an optimizer."""

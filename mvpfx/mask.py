@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from mvpfx.criterion import Criterion
 from mvpfx.distributed import is_sharded, version
 from mvpfx.granularity import from_matrix, matrix_shape
 from mvpfx.interception import is_running
-from mvpfx.late_flag import LateFlag
+from mvpfx.late_nan import LateNan
 from mvpfx.mask_operator import traced_mask
 from mvpfx.mask_state import MaskState
 from mvpfx.ranking import Ranking
@@ -22,16 +22,7 @@ from mvpfx.rule import Rule
 from mvpfx.schedule import Schedule
 from mvpfx.score_init import SENSITIVITY
 from mvpfx.site import Site
-from mvpfx.torch_private import is_fake, modes_off, transforms_active, transforms_off
-
-
-class _Held(NamedTuple):
-    """A masked weight, what it depends on, and how often it was written to when it was made."""
-
-    source: object
-    key: Hashable
-    product: Tensor
-    version: int
+from mvpfx.torch_private import is_fake, modes_off, transforms_off
 
 
 class Mask(MaskState):
@@ -50,7 +41,6 @@ class Mask(MaskState):
         followers: masks of other weights, whose units of the same channels these scores decide on.
 
     Attributes:
-        accumulates: whether scores add up what the weight's gradient says of them.
         leader: the mask that decides on these units; None where it is this one.
         scores: float32 `[r, c]` whatever the dtype of the weight; None where not stored.
         granularity: of the scores.
@@ -81,8 +71,7 @@ class Mask(MaskState):
             follower.__dict__["leader"] = self  # which belongs to a module of its own
         self.accumulates = self.criterion.accumulates(self)
         self._cache: tuple[Hashable, Tensor, Tensor] | None = None
-        self._held: _Held | None = None
-        self._late: LateFlag | None = None
+        self._late = LateNan()
         self.plan = None
         self.make_scores()
 
@@ -107,12 +96,6 @@ class Mask(MaskState):
         """The value of one of the criterion's options."""
         default = self.criterion.options[name].default
         return self.rule.criterion_options.get(name, default)
-
-    def rated(self) -> list[nn.Parameter]:
-        """Its parameters whose learning rate counts."""
-        own = self._parameters.items()
-        held = [(name, p) for name, p in own if p is not None]
-        return [p for name, p in held if p.requires_grad or (name == "scores" and self.accumulates)]
 
     def averages(self) -> list[nn.Parameter]:
         """What the criterion keeps beside the scores, in its order."""
@@ -177,7 +160,7 @@ class Mask(MaskState):
         if torch.compiler.is_compiling() or is_fake(weight):
             return self.criterion.apply(self, weight)
         if torch.is_grad_enabled():
-            self.release()
+            self.held.release()
         check_scores_dtype(self.site, self.scores)
         held = self._weight
         if isinstance(weight, nn.Parameter):
@@ -238,44 +221,10 @@ class Mask(MaskState):
         Raises:
             ValueError: if one is; the message names the site.
         """
-        if values.device.type == "cuda" and is_running() and not is_sharded(values):
-            late, answer = self._late, None if self._late is None else self._late.read()
-            if late is None or answer is not None:
-                self._late = LateFlag(values.isnan().any())
-            if not answer:
-                return
+        waits = values.device.type == "cuda" and not is_sharded(values) and is_running()
+        if waits and not self._late.found(values):
+            return
         check_finite(self.site, values, "weights" if self.scores is None else "scores")
-
-    def held(
-        self, weight: Tensor, source: object, key: Hashable, make: Callable[[], Tensor]
-    ) -> Tensor:
-        """The masked weight for forwards without gradients, made once until something changes.
-
-        It is held until the next forward with gradients, the next `train` or `eval`, or until
-        someone outside of a forward reads the weight, who may write to it unseen. It is not held
-        where the weight is sharded, transformed, or of inference mode.
-
-        Args:
-            weight: the parameter.
-            source: what the result depends on beside the weight, the same object until it changes.
-            key: what else, to be compared.
-            make: computes it.
-        """
-        whole = weight is self._weight and not is_sharded(weight) and not weight.is_inference()
-        if not whole or torch.compiler.is_compiling() or is_fake(weight) or transforms_active():
-            return make()
-        key = (*version(weight), key)
-        held = self._held
-        valid = held is not None and held.source is source and held.key == key
-        if held is None or not valid or held.product._version != held.version:
-            with torch.no_grad(), torch.inference_mode(False):
-                product = make()
-            self._held = held = _Held(source, key, product, product._version)
-        return held.product
-
-    def release(self) -> None:
-        """Make the masked weight anew at the next use."""
-        self._held = None
 
     def forget(self) -> None:
         """Compute the mask anew at the next use.
@@ -284,7 +233,8 @@ class Mask(MaskState):
         shards of FSDP by other than an optimizer or `load_state_dict`.
         """
         for mask in (self, *self.followers):
-            mask._cache = mask._held = None
+            mask._cache = None
+            mask.held.release()
         self.ranking.forget()
 
     def train(self, mode: bool = True) -> Self:
@@ -342,7 +292,7 @@ class Mask(MaskState):
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what a copy computes for itself."""
-        return {**super().__getstate__(), "_cache": None, "_held": None, "_late": None}
+        return {**super().__getstate__(), "_cache": None, "_late": LateNan()}
 
     def extra_repr(self) -> str:
         """Site, criterion and target, as `print(model)` shows them."""

@@ -103,7 +103,7 @@ class Saver:
         if type(tensor) is Tensor and tensor.layout is torch.strided and self.made:
             made = self.made.get(storage_address(tensor))
             if made is not None and made.is_in(tensor):
-                return _Recipe(made, tensor.shape, tensor.stride(), tensor.storage_offset())
+                return _Recipe(made, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
         if self.outer is not None:
             return self.outer[0](tensor)
         return tensor, tensor._version

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvpfx.granularity import Layout, from_matrix
+from mvpfx.granularity import from_matrix
 from mvpfx.recomputing import product, remember
 from mvpfx.torch_private import transforms_active
 from mvpfx.training_kernels import library
+from mvpfx.weight_layout import Layout
 
 
 class _MaskedWeight(torch.autograd.Function):
@@ -33,9 +34,7 @@ class _MaskedWeight(torch.autograd.Function):
         whole: bool,
     ) -> Tensor:
         ctx.layout, ctx.whole = layout, whole
-        ctx.save_for_backward(
-            weight if ctx.needs_input_grad[1] else None, None if whole else mask
-        )
+        ctx.save_for_backward(weight if ctx.needs_input_grad[1] else None, None if whole else mask)
         if mask is None:
             return weight.view_as(weight)
         if torch.compiler.is_compiling():

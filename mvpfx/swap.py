@@ -175,7 +175,7 @@ def masked_property(name: str) -> property:
         if torch.compiler.is_compiling():
             return mask(parameter)
         if is_capturing() or not is_running() or is_sharded(parameter):
-            cast("Any", mask).release()
+            cast("Any", mask).held.release()
             return parameter
         return mask(parameter)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mvpfx.selection import find_cut
+from mvpfx.selection import Cut, find_cut
 from mvpfx.torch_private import is_fake
 from mvpfx.training_kernels import library
 
@@ -39,27 +39,28 @@ def top_v(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     wide = torch.float64 if scores[0].dtype == torch.float64 else torch.float32
     flat = [part.detach().to(wide).reshape(-1) for part in scores]
     cut = find_cut(flat, count)
-    if cut.room == cut.tied:
-        return [_at_least(part, cut.value).view_as(of) for part, of in zip(flat, scores, strict=True)]
-    kept: list[Tensor] = []
-    room = cut.room
-    for part, of in zip(flat, scores, strict=True):
-        marked = part > cut.value
-        for chunk, out in zip(part.split(_CHUNK), marked.split(_CHUNK), strict=True):
-            if not room:
-                break
-            tied = (chunk == cut.value).nonzero().squeeze(1)[:room]
-            out[tied] = True
-            room -= len(tied)
-        kept.append(marked.view_as(of))
-    return kept
+    marked = _at_least(flat, cut.value) if cut.room == cut.tied else _first_ties(flat, cut)
+    return [mark.view_as(part) for mark, part in zip(marked, scores, strict=True)]
 
 
 _CHUNK = 1 << 17  # scores at a time whose ties are looked for
 
 
-def _at_least(values: Tensor, cut: float) -> Tensor:
-    return library.at_least(values, cut) if library.serves(values) else values >= cut
+def _at_least(scores: Sequence[Tensor], cut: float) -> list[Tensor]:
+    return [library.at_least(p, cut) if library.serves(p) else p >= cut for p in scores]
+
+
+def _first_ties(scores: Sequence[Tensor], cut: Cut) -> list[Tensor]:
+    """Mark what is above the cut, and as many of what equals it as there is room for."""
+    room, kept = cut.room, [part > cut.value for part in scores]
+    for part, marked in zip(scores, kept, strict=True):
+        for chunk, out in zip(part.split(_CHUNK), marked.split(_CHUNK), strict=True):
+            if not room:
+                return kept
+            tied = (chunk == cut.value).nonzero().squeeze(1)[:room]
+            out[tied] = True
+            room -= len(tied)
+    return kept
 
 
 def _on_accelerator(scores: Sequence[Tensor], count: int, total: int) -> list[Tensor]:

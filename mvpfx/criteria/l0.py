@@ -72,7 +72,7 @@ class L0(Criterion):
             return self._gated(mask, weight)
         scores = mask.require_scores()
         key = (*version(scores), mask.frozen)
-        return mask.held(weight, scores, key, lambda: self._gated(mask, weight))
+        return mask.held.of(weight, scores, key, lambda: self._gated(mask, weight))
 
     def _gated(self, mask: Mask, weight: Tensor) -> Tensor:
         scores = mask.require_scores()

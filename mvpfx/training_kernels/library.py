@@ -73,7 +73,9 @@ def block_gradients(
     """`gradient * mask`, and `gradient * weight` summed over each block, float32, in one pass.
 
     Args:
-        gradient, weight, mask: any shape that is a matrix when flattened.
+        gradient: of any shape that is a matrix when flattened.
+        weight: float32, of that shape.
+        mask: bool, of that shape.
         units: number of blocks along (rows, columns) of that: the shape of the sums.
         block: rows and columns of a block.
     """
@@ -102,7 +104,8 @@ def split(values: Tensor, low: float, high: float, inside: Tensor) -> tuple[int,
 
     Args:
         values: float32.
-        low, high: ends of the bracket, both in it.
+        low: the least value in the bracket.
+        high: the greatest in it.
         inside: float32; the values in the bracket are written to it, in any order, as many as fit.
     """
     above = c_int64()
