@@ -89,30 +89,43 @@ def accumulate(masks: Sequence[Mask], optimizer: Optimizer) -> None:
     """
     groups = optimizer.param_groups
     rates: Mapping[int, float] = {id(p): g["lr"] for g in groups for p in g["params"]}
-    for mask in masks:
-        family = [mask, *cast("tuple[Mask, ...]", mask.followers)]
-        members = [m for m in family if id(m.weight) in rates and m.weight.grad is not None]
-        scores = mask.require_scores()
-        if members and id(scores) not in rates:
+    families = [(mask, [mask, *cast("tuple[Mask, ...]", mask.followers)]) for mask in masks]
+    held = [
+        (mask, [(m, _mask_of(m)) for m in family if id(m.weight) in rates and _has_gradient(m)])
+        for mask, family in families  # all masks first: scores of one decide on those of others
+    ]
+    for mask, members in held:
+        if members and id(mask.require_scores()) not in rates:
             raise ValueError(
                 f"the optimizer holds {mask.site.name} and not its scores, whose learning rate "
                 f"{mask.rule.criterion} accumulates by. Make it with "
                 "torch.optim.AdamW(mvpfx.parameter_groups(model, lr=...))."
             )
-        changes = [_taken(member).view_as(scores) for member in members]
-        if changes:
-            change = torch.stack(changes).sum(0) if len(changes) > 1 else changes[0]
-            if mask.measuring:
-                scores.add_(change.abs(), alpha=float(rates[id(scores)]))
-            else:
-                scores.sub_(change, alpha=float(rates[id(scores)]))
+    for mask, members in held:
+        scores = mask.require_scores()
+        changes = [_taken(member, kept).view_as(scores) for member, kept in members]
+        if not changes:
+            continue
+        change = torch.stack(changes).sum(0) if len(changes) > 1 else changes[0]
+        if mask.measuring:
+            scores.add_(change.abs(), alpha=float(rates[id(scores)]))
+        else:
+            scores.sub_(change, alpha=float(rates[id(scores)]))
 
 
-def _taken(mask: Mask) -> Tensor:
+def _has_gradient(mask: Mask) -> bool:
+    return mask.weight.grad is not None
+
+
+def _mask_of(mask: Mask) -> Tensor | None:
+    """What the last forward kept; None where that was all."""
+    full = mask.density is not None and mask.density >= 1
+    return None if full else mask.mask().to(mask.weight.device)
+
+
+def _taken(mask: Mask, kept: Tensor | None) -> Tensor:
     """What a weight's gradient says of its units, float32 `[r, c]`; leaves the masked gradient."""
     weight = mask.weight
     assert weight.grad is not None
-    full = mask.density is not None and mask.density >= 1
-    kept = None if full else mask.mask().to(weight.device)
     weight.grad, movement = both_gradients(weight.grad, weight, kept, mask.layout)
     return movement

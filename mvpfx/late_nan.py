@@ -24,8 +24,13 @@ class LateNan:
         if self._answer is not None and not self._arrival.query():
             return False
         found = self._answer is not None and bool(self._answer)
-        self._answer = torch.empty((), dtype=torch.bool, pin_memory=True)
-        self._answer.copy_(values.isnan().any(), non_blocking=True)
-        self._arrival = torch.cuda.Event()
-        self._arrival.record(torch.cuda.current_stream(values.device))
+        self._answer, self._arrival = self._ask(values)
         return found
+
+    def _ask(self, values: Tensor) -> tuple[Tensor, Any]:
+        """Where the answer will be, and what tells that it is there."""
+        answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+        answer.copy_(values.isnan().any(), non_blocking=True)
+        arrival = torch.cuda.Event()
+        arrival.record(torch.cuda.current_stream(values.device))
+        return answer, arrival

@@ -215,14 +215,14 @@ class Mask(MaskState):
         return self.scores
 
     def check_finite(self, values: Tensor) -> None:
-        """Make sure that scores or weights are no NaN. Inside of a forward on CUDA, which would
-        wait for the answer, it is looked at when it is there, some steps later.
+        """Make sure that scores or weights are no NaN; in a forward on CUDA, where nobody waits for
+        the answer, that those of earlier steps were none.
 
         Raises:
             ValueError: if one is; the message names the site.
         """
-        waits = values.device.type == "cuda" and not is_sharded(values) and is_running()
-        if waits and not self._late.found(values):
+        late = values.device.type == "cuda" and not is_sharded(values) and is_running()
+        if late and not self._late.found(values):
             return
         check_finite(self.site, values, "weights" if self.scores is None else "scores")
 
@@ -251,8 +251,8 @@ class Mask(MaskState):
                 if stored is not None and not self._is_ranked:
                     self.check_finite(stored.detach())
                 kept = self.decide()
-                matrix = self.granularity.expand(kept, *matrix_shape(self.site))
                 site = self.site
+                matrix = self.granularity.expand(kept, *matrix_shape(site))
                 mask = from_matrix(matrix, site.shape, site.out_dim, site.parts).contiguous()
             if self.shard is not None:
                 return kept, mask  # a rank that kept all masks would hold a byte for each weight
@@ -291,7 +291,6 @@ class Mask(MaskState):
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what a copy computes for itself."""
         return {**super().__getstate__(), "_cache": None, "_late": LateNan()}
 
     def extra_repr(self) -> str:
