@@ -22,6 +22,7 @@ from benchmarks import (
     presets,
     results_file,
     structured_table,
+    training_step_table,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +98,7 @@ TABLES: dict[tuple[str, str], Callable[[list[dict[str, Any]]], str]] = {
     (inference_table.BEGIN, inference_table.END): inference,
     (coverage_table.BEGIN, coverage_table.END): coverage_table.table,
     (structured_table.LATENCY_BEGIN, structured_table.LATENCY_END): structured_table.latency,
+    (training_step_table.BEGIN, training_step_table.END): training_step_table.table,
     (structured_table.PEERS_BEGIN, structured_table.PEERS_END): structured_table.peers,
 }
 """Markers -> what makes the table between them."""
