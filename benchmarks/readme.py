@@ -22,6 +22,7 @@ from benchmarks import (
     presets,
     results_file,
     structured_table,
+    training_step_table,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -103,6 +104,7 @@ TABLES: dict[tuple[str, str], Callable[[list[dict[str, Any]]], str]] = {
     (inference_table.SUMMARY_BEGIN, inference_table.SUMMARY_END): inference_summary,
     (coverage_table.BEGIN, coverage_table.END): coverage_table.table,
     (structured_table.LATENCY_BEGIN, structured_table.LATENCY_END): structured_table.latency,
+    (training_step_table.BEGIN, training_step_table.END): training_step_table.table,
     (structured_table.PEERS_BEGIN, structured_table.PEERS_END): structured_table.peers,
 }
 """Markers -> what makes the table between them."""

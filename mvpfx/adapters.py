@@ -56,7 +56,7 @@ def without_adapters(name: str) -> str:
 
 def warn_of_frozen_scores(model: nn.Module, masks: Iterable[Mask]) -> None:
     """Warn where adapters were added after the masks: PEFT freezes all it did not make."""
-    learned = [mask.scores for mask in masks if mask.scores is not None]
+    learned = [m.scores for m in masks if m.scores is not None and not m.accumulates]
     adapted = any(hasattr(module, "adapter_layer_names") for module in model.modules())
     if learned and adapted and not any(scores.requires_grad for scores in learned):
         warnings.warn(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from mvpfx.recomputing import product
 from mvpfx.score_init import MAGNITUDE, ZERO, initial_scores
 from mvpfx.straight_through import apply_mask
 
@@ -127,9 +128,16 @@ class Criterion(ABC):
 
     def apply(self, mask: Mask, weight: Tensor) -> Tensor:
         """The weight the matmul sees, of the same shape and dtype: by default `W * M`."""
-        scores = mask.learned_scores() if self.stored == "parameter" else None
-        site, factor = mask.site, mask.factor(weight)
-        return apply_mask(weight, scores, factor, mask.granularity, site.out_dim, site.parts)
+        adds_up = mask.accumulates
+        scores = mask.learned_scores() if self.stored == "parameter" and not adds_up else None
+        factor, whole = mask.factor(weight), adds_up and mask.watcher is not None
+        if torch.is_grad_enabled() or factor is None or torch.compiler.is_compiling():
+            return apply_mask(weight, scores, factor, mask.layout, whole)
+        return mask.held.of(weight, factor, None, lambda: product(weight, factor))
+
+    def accumulates(self, mask: Mask) -> bool:
+        """Whether scores add up what the weight's gradient says of them, not by an optimizer."""
+        return False
 
     def cutoff(self, mask: Mask) -> float:
         """The score above which units stay; for `penalised` ones."""

@@ -201,8 +201,8 @@ class Granularity:
         if self.is_element:
             return matrix
         rows, cols = self.rows or matrix.shape[0] // parts, self.cols or matrix.shape[1]
-        blocks = matrix.unflatten(0, (self.copies, -1, rows)).unflatten(3, (-1, cols))
-        return blocks.sum((0, 2, 4))
+        lines = matrix.unflatten(0, (self.copies, -1, rows)).sum((0, 2))
+        return lines if cols == 1 else lines.unflatten(1, (-1, cols)).sum(2)
 
     def expand(self, units: Tensor, height: int, width: int) -> Tensor:
         """Repeat each unit's value over its weights: `[r, c]` -> `[height, width]`.
@@ -212,10 +212,9 @@ class Granularity:
         if self.is_element:
             return units
         (r, c), copies = units.shape, self.copies
-        blocks = units[None, :, None, :, None]
-        return blocks.expand(copies, r, height // (copies * r), c, width // c).reshape(
-            height, width
-        )
+        lines = units[:, :, None].expand(r, c, width // c).reshape(r, width)
+        rows = height // (copies * r)
+        return lines[None, :, None].expand(copies, r, rows, width).reshape(height, width)
 
 
 PRESETS = {

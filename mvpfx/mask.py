@@ -13,6 +13,8 @@ from mvpfx.criteria import find
 from mvpfx.criterion import Criterion
 from mvpfx.distributed import is_sharded, version
 from mvpfx.granularity import from_matrix, matrix_shape
+from mvpfx.interception import is_running
+from mvpfx.late_nan import LateNan
 from mvpfx.mask_operator import traced_mask
 from mvpfx.mask_state import MaskState
 from mvpfx.ranking import Ranking
@@ -67,7 +69,9 @@ class Mask(MaskState):
         self.followers = tuple(followers)
         for follower in self.followers:
             follower.__dict__["leader"] = self  # which belongs to a module of its own
+        self.accumulates = self.criterion.accumulates(self)
         self._cache: tuple[Hashable, Tensor, Tensor] | None = None
+        self._late = LateNan()
         self.plan = None
         self.make_scores()
 
@@ -77,7 +81,8 @@ class Mask(MaskState):
             scores = self.criterion.initial(self)
         if scores is not None:
             learned = self.criterion.stored == "parameter"
-            self.scores = nn.Parameter(scores) if learned else scores
+            trains = not self.accumulates  # DDP waits for a gradient of all that does
+            self.scores = nn.Parameter(scores, requires_grad=trains) if learned else scores
             for name in self.criterion.averages:
                 average = self.criterion.average(self, name)
                 self.register_parameter(name, nn.Parameter(average, requires_grad=False))
@@ -154,6 +159,8 @@ class Mask(MaskState):
         """
         if torch.compiler.is_compiling() or is_fake(weight):
             return self.criterion.apply(self, weight)
+        if torch.is_grad_enabled():
+            self.held.release()
         check_scores_dtype(self.site, self.scores)
         held = self._weight
         if isinstance(weight, nn.Parameter):
@@ -208,11 +215,15 @@ class Mask(MaskState):
         return self.scores
 
     def check_finite(self, values: Tensor) -> None:
-        """Make sure that scores or weights are no NaN.
+        """Make sure that scores or weights are no NaN; in a forward on CUDA, where nobody waits for
+        the answer, that those of earlier steps were none.
 
         Raises:
             ValueError: if one is; the message names the site.
         """
+        late = values.device.type == "cuda" and not is_sharded(values) and is_running()
+        if late and not self._late.found(values):
+            return
         check_finite(self.site, values, "weights" if self.scores is None else "scores")
 
     def forget(self) -> None:
@@ -223,6 +234,7 @@ class Mask(MaskState):
         """
         for mask in (self, *self.followers):
             mask._cache = None
+            mask.held.release()
         self.ranking.forget()
 
     def train(self, mode: bool = True) -> Self:
@@ -236,16 +248,22 @@ class Mask(MaskState):
         if self._cache is None or self._cache[0] is not key:
             with torch.no_grad(), torch.inference_mode(False), transforms_off():
                 stored = self.stored()
-                if stored is not None:
+                if stored is not None and not self._is_ranked:
                     self.check_finite(stored.detach())
                 kept = self.decide()
-                matrix = self.granularity.expand(kept, *matrix_shape(self.site))
                 site = self.site
+                matrix = self.granularity.expand(kept, *matrix_shape(site))
                 mask = from_matrix(matrix, site.shape, site.out_dim, site.parts).contiguous()
             if self.shard is not None:
                 return kept, mask  # a rank that kept all masks would hold a byte for each weight
             self._cache = (key, kept, mask)
         return self._cache[1], self._cache[2]
+
+    @property
+    def _is_ranked(self) -> bool:
+        """Whether a ranking of this very mask looks at its whole scores, and refuses NaN."""
+        alone = self.leader is None and self.shard is None
+        return alone and self.criterion.pooled and not self.frozen
 
     def decide(self) -> Tensor:
         """Which units stay, computed anew: bool `[r, c]`."""
@@ -273,8 +291,7 @@ class Mask(MaskState):
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the cache, which a copy computes for itself."""
-        return {**super().__getstate__(), "_cache": None}
+        return {**super().__getstate__(), "_cache": None, "_late": LateNan()}
 
     def extra_repr(self) -> str:
         """Site, criterion and target, as `print(model)` shows them."""

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from mvpfx.distributed import gathered, is_sharded
 from mvpfx.granularity import Granularity, to_matrix
+from mvpfx.held_product import HeldProduct
 from mvpfx.mask_operator import register_source
 from mvpfx.schedule import Rewind, Schedule
 from mvpfx.site import Site
 from mvpfx.torch_private import is_fake, untransformed
+from mvpfx.weight_layout import Layout
 
 
 class MaskState(nn.Module):
@@ -26,9 +28,14 @@ class MaskState(nn.Module):
         granularity: of the scores.
 
     Attributes:
+        accumulates: whether scores add up what the weight's gradient says of them.
         followers: masks of other weights, whose units of the same channels these scores decide on.
         scores: float32 `[r, c]` whatever the dtype of the weight; None where not stored.
+        held: the masked weight between forwards without gradients.
+        layout: of the weight, with the units of the scores.
         handle: by which compiled graphs find this very mask.
+        watcher: number of who takes whole gradients of the weight apart, for scores and weight,
+            before an optimizer steps; None where nobody does, and they come masked.
         frozen: whether `frozen_kept` says what stays, not the criterion.
         frozen_kept: bool `[r, c]`, which units stay; None where the schedule never freezes.
         remembered_weight: what the weight goes back to; None where the schedule never rewinds.
@@ -37,16 +44,20 @@ class MaskState(nn.Module):
     scores: Tensor | None
     frozen_kept: Tensor | None
     remembered_weight: Tensor | None
+    accumulates: bool
     _weight: nn.Parameter
 
     def __init__(self, site: Site, weight: nn.Parameter, granularity: Granularity) -> None:
         super().__init__()
         self.site, self.granularity = site, granularity
+        self.held = HeldProduct()
+        self.layout = Layout(granularity, site.out_dim, site.parts)
         self.followers: tuple[MaskState, ...] = ()
         self.hold(weight)
         for name in ("scores", "frozen_kept", "remembered_weight"):
             self.register_buffer(name, None)
         self.frozen = False
+        self.watcher: int | None = None
         self.handle = register_source(self)
 
     def hold(self, weight: nn.Parameter) -> None:
@@ -61,6 +72,12 @@ class MaskState(nn.Module):
     def mask(self) -> Tensor:
         """Which weights stay now, bool, of the weight's shape."""
         raise NotImplementedError
+
+    def rated(self) -> list[nn.Parameter]:
+        """Its parameters whose learning rate counts."""
+        own = self._parameters.items()
+        held = [(name, p) for name, p in own if p is not None]
+        return [p for name, p in held if p.requires_grad or (name == "scores" and self.accumulates)]
 
     def make_room(self, schedule: Schedule | None, units: tuple[int, int]) -> None:
         """Hold what a schedule needs beside scores; the weight as it is is the first remembered."""
@@ -167,7 +184,8 @@ class MaskState(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to this very mask."""
         own = ("handle", "_last_stored", "_shard")
-        return {key: value for key, value in self.__dict__.items() if key not in own}
+        kept = {key: value for key, value in self.__dict__.items() if key not in own}
+        return {**kept, "watcher": None, "held": HeldProduct()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

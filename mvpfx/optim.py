@@ -46,8 +46,9 @@ def parameter_groups(
     parameters: dict[str, list[nn.Parameter]] = {name: [] for name in groups}
     seen: set[int] = set()
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.requires_grad and id(parameter) not in seen:
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        for parameter in module.rated() if isinstance(module, Mask) else own:
+            if id(parameter) not in seen:
                 seen.add(id(parameter))
                 parameters[_group_of(module, parameter)].append(parameter)
     mark_optimizer_built(model)

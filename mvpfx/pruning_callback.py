@@ -159,7 +159,7 @@ def separate_scores(
             "the optimizer has taken steps already, and its state belongs to its groups. "
             "Call separate_scores right after the optimizer is made."
         )
-    scores = {id(p): p for mask in masks_of(model) for p in mask.parameters() if p.requires_grad}
+    scores = {id(p): p for mask in masks_of(model) for p in mask.rated()}
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in scores]
     if scores:
@@ -183,7 +183,7 @@ def check_groups(model: nn.Module, groups: list[dict[str, Any]]) -> None:
     masks = masks_of(model)
     own = {id(p) for mask in masks for p in mask.parameters()}
     for mask in masks:
-        for scores in (p for p in mask.parameters() if p.requires_grad):
+        for scores in mask.rated():
             group = holder.get(id(scores))
             if group is None:
                 raise ValueError(

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from mvpfx.call import blank
 from mvpfx.interception import is_capturing
+from mvpfx.recomputing import Recomputing
 from mvpfx.recorder import Recorder
 from mvpfx.recording import CaptureError, Recording
 from mvpfx.signature import Configuration, flatten, signature
@@ -85,7 +86,8 @@ class Region:
             self.declined[variant] = self.declined.get(variant, 0) + 1
             return forward(module, *args, **kwargs)
         self.calls += 1
-        return variant.run(flat)
+        with Recomputing():
+            return variant.run(flat)
 
     def captured(self) -> list[Variant]:
         """What was captured, without gradients first."""

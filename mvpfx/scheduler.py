@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
+from mvpfx.accumulation import accumulate, check_accumulating, watch_gradients
 from mvpfx.adapters import warn_of_frozen_scores
 from mvpfx.checks import as_count
 from mvpfx.cut import check_cuts, cut
@@ -39,7 +40,8 @@ class SparsityScheduler:
     Raises:
         TypeError: if `total_steps` is no whole number.
         ValueError: if it is below 1, if a schedule does not fit into it, if nothing is masked, or
-            if weights that are to be rewound, or scores that are to be steered, are sharded.
+            if weights that are to be rewound, or scores that are to be steered, are sharded; if
+            scores are to accumulate the gradients of a weight that has none of its own.
     """
 
     def __init__(self, model: nn.Module, total_steps: int) -> None:
@@ -57,6 +59,10 @@ class SparsityScheduler:
         _check_steering(self._masks)
         mark_optimizer_built(model)
         warn_of_frozen_scores(model, self._masks)
+        accumulating = [mask for mask in self._masks if mask.accumulates]
+        check_accumulating(accumulating, model)
+        self._number = watch_gradients(self, accumulating)
+        self._accumulating = leading(accumulating)
         rank_together(self._masks)
         self._observing = [
             m for m in self._leading if m.measures or m.criterion.observes != "nothing"
@@ -65,7 +71,7 @@ class SparsityScheduler:
         check_cuts(self._cutting, self.total_steps)
         warn_of_short_run(self._leading, self.total_steps)
         self._steerings = steerings(self._leading, self.total_steps)
-        if self._observing or self._steerings:
+        if self._observing or self._steerings or self._accumulating:
             watch_steps(self)
         self._move()
 
@@ -107,6 +113,7 @@ class SparsityScheduler:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Look at gradients before an optimizer takes them; called by torch."""
+        accumulate([m for m in self._accumulating if m.watcher == self._number], optimizer)
         observe(self._observing, optimizer)
         for steering in self._steerings:
             steering.observe(optimizer)

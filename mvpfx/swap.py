@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mvpfx.distributed import is_sharded
 from mvpfx.interception import Running, is_capturing, is_running
+from mvpfx.recomputing import Recomputing
 from mvpfx.recurrent import FLAT, flat_weights_property
 
 MASK_SUFFIX = "_mask"
@@ -85,7 +86,10 @@ def _forward(base_forward: Callable[..., Any], masked: tuple[str, ...]) -> Calla
         with Running():
             if runtime is not None:
                 return runtime.call(self, base_forward, args, kwargs)
-            return base_forward(self, *args, **kwargs)
+            if not masked or is_capturing():
+                return base_forward(self, *args, **kwargs)
+            with Recomputing():
+                return base_forward(self, *args, **kwargs)
 
     forward.__wrapped__ = base_forward  # pyright: ignore[reportFunctionMemberAccess]
     forward.__signature__ = inspect.signature(base_forward)  # pyright: ignore[reportFunctionMemberAccess]
@@ -171,6 +175,7 @@ def masked_property(name: str) -> property:
         if torch.compiler.is_compiling():
             return mask(parameter)
         if is_capturing() or not is_running() or is_sharded(parameter):
+            cast("Any", mask).held.release()
             return parameter
         return mask(parameter)
 

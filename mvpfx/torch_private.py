@@ -35,13 +35,20 @@ from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
     StatelessSymbolicContext,
 )
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as modes_off
 from torch.utils._sympy import functions as symbolic
 from torch.utils._sympy.printers import PythonPrinter
 
 REQUIRED: dict[str, tuple[str, ...]] = {
-    "torch._C": ("_set_grad_enabled", "_current_graph_task_id", "_are_functorch_transforms_active"),
+    "torch._C": (
+        "_set_grad_enabled",
+        "_current_graph_task_id",
+        "_are_functorch_transforms_active",
+        "_len_torch_dispatch_stack",
+    ),
+    "torch._C._autograd": ("_top_saved_tensors_default_hooks", "_saved_tensors_hooks_is_enabled"),
     "torch._C._nn": ("linear",),
     "torch.cpu": ("_is_amx_tile_supported",),
     "torch._dispatch.python": ("enable_python_dispatcher",),
@@ -57,15 +64,12 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "torch.utils._sympy.functions": ("FloorDiv", "Max", "Min", "Mod", "PythonMod"),
     "torch.utils._sympy.printers": ("PythonPrinter",),
     "torch": ("is_autocast_cache_enabled", "set_autocast_cache_enabled", "_grouped_mm"),
-    "torch._C._functorch": (
-        "get_unwrapped",
-        "is_batchedtensor",
-        "is_functorch_wrapped_tensor",
-    ),
+    "torch._C._functorch": ("get_unwrapped", "is_batchedtensor", "is_functorch_wrapped_tensor"),
     "torch._functorch.pyfunctorch": ("temporarily_clear_interpreter_stack",),
     "torch.autograd.forward_ad": ("_current_level",),
     "torch.nn.functional": ("_canonical_mask", "_none_or_dtype"),
     "torch.nn.modules.module": ("_has_any_global_hook",),
+    "torch.multiprocessing.reductions": ("StorageWeakRef",),
     "torch.utils.checkpoint": ("_checkpoint_without_reentrant_generator", "CheckpointFunction"),
     "torch.utils._python_dispatch": ("TorchDispatchMode", "_disable_current_modes"),
     "torch.overrides": ("TorchFunctionMode", "is_tensor_method_or_property"),
@@ -74,6 +78,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 __all__ = [
     "FakeTensor",
     "GuardOnDataDependentSymNode",
+    "StorageWeakRef",
     "Symbol",
     "SymbolicShapes",
     "TorchDispatchMode",
@@ -240,6 +245,26 @@ def has_global_hooks() -> bool:
 def transforms_active() -> bool:
     """Whether a torch.func transform (grad, vmap, jvp) or forward differentiation is under way."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def dispatch_modes_active() -> bool:
+    """Whether a mode sees every operation: counts FLOPs, makes fakes, records."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def saved_tensor_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """The (pack, unpack) that autograd would save a tensor with now; None where there is none."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def may_hook_saved_tensors() -> bool:
+    """Whether hooks for saved tensors are allowed here."""
+    return torch._C._autograd._saved_tensors_hooks_is_enabled()
+
+
+def storage_address(tensor: Tensor) -> int:
+    """What is the same for tensors of one storage, and for no others while that lives."""
+    return tensor.untyped_storage()._cdata
 
 
 def untransformed(tensor: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ MODELS: list[dict[str, Any]] = [
 ENGINES = ["ddp", "fsdp", "fsdp_kept"]
 RUNS = [(engine, model) for engine in ENGINES for model in MODELS]
 RUNS.append(("ddp", {"name": "odd", "criterion": "second_order", "scope": "global"}))
+RUNS.append(("ddp", {"name": "odd", "criterion_options": {"accumulate": 1}, "scope": "global"}))
+RUNS.append(("ddp", {"name": "bert", "criterion_options": {"accumulate": 1}}))
 
 
 def single(model: dict[str, Any], parts: int) -> Run:

@@ -104,7 +104,8 @@ def test_the_name_passes_is_refused() -> None:
 
 def test_the_native_sources_are_those_that_are_built() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    (extension,) = settings["ext-modules"]
-    listed = {*extension["sources"], *extension["depends"]}
-    folder = ROOT / "mvpfx" / "kernels" / "src"
-    assert listed == {relative(path) for path in folder.iterdir() if path.suffix in (".cpp", ".h")}
+    extensions = settings["ext-modules"]
+    listed = {path for each in extensions for path in (*each["sources"], *each["depends"])}
+    folders = [ROOT / "mvpfx" / name / "src" for name in ("kernels", "training_kernels")]
+    held = {path for folder in folders for path in folder.iterdir()}
+    assert listed == {relative(path) for path in held if path.suffix in (".cpp", ".h")}

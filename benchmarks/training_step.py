@@ -1,0 +1,210 @@
+"""What does a training step with masks cost, beside the same step of dense fine-tuning?
+
+    python -m benchmarks.training_step                       # every cell; hours on one core
+    python -m benchmarks.training_step --shape MiniLM-L6 --tokens 800 --cases main --mode eager
+
+A cell is a shape, a number of tokens a step, and eager or `torch.compile`. In each, every case is
+built with random weights and AdamW (fused): first alone, for its peak memory, then beside the
+others, which take turns, for its time. The naive module sorts its scores in every forward. With
+`--alone`, the exact threshold alone, and the evaluation of a prepared model. With a CUDA device the
+same runs there. Cells that are in the result file already are replaced, all others stay in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks import results_file
+from benchmarks.measure import interleaved_ms, synchronize, turns_ms
+from benchmarks.training_cases import (
+    ALL,
+    COMPILED,
+    DENSE,
+    DENSITY,
+    MAIN,
+    MOVEMENT,
+    SHAPES,
+    Case,
+    Shape,
+    Step,
+    make_step,
+    peak_bytes,
+    peak_of,
+)
+from mvpfx.cost import compare
+from mvpfx.selection import find_cut
+from mvpfx.top_v import top_v
+
+RESULT = results_file.FOLDER / "training_step.json"
+SETS = {"main": MAIN, "all": ALL}
+SCORES = 85_000_000
+
+
+def measure_cell(
+    shape: Shape, tokens: int, compiled: bool, cases: Sequence[Case], rounds: int, device: Any
+) -> dict[str, Any]:
+    """Time and peak memory of each case at one shape and number of tokens."""
+    make = {c.name: partial(make_step, c, shape, tokens, device, compiled) for c in cases}
+    peaks: dict[str, int] = {}
+    for name, one in make.items():
+        if not compiled:  # Inductor's own allocations, as it compiles, are not those of a step
+            peaks[name] = peak_bytes(one, device)
+            gc.collect()
+    steps: dict[str, Step] = {name: one() for name, one in make.items()}
+    times = turns_ms(steps, rounds, f"{shape.name}, {tokens} tokens", warmup_rounds=2)
+    dense = times[DENSE.name].median
+    rows: list[dict[str, Any]] = []
+    for name in make:
+        row: dict[str, Any] = {"case": name, "ms": asdict(times[name])}
+        row["time_over_dense"] = round(times[name].median / dense, 3)
+        if peaks:
+            row["peak_bytes"] = peaks[name]
+            extra = (peaks[name] - peaks[DENSE.name]) / shape.prunable
+            row["bytes_a_prunable_weight"] = round(extra, 2)
+        rows.append(row)
+        print(*(f"{key} {value}" for key, value in row.items() if key != "ms"), flush=True)
+    return {
+        "shape": shape.name,
+        "tokens": tokens,
+        "mode": "compiled" if compiled else "eager",
+        "rounds": rounds,
+        "rows": rows,
+    }
+
+
+def measure_threshold(device: torch.device, count: int, rounds: int) -> dict[str, Any]:
+    """The exact cut through many scores, beside plain passes over them."""
+    random = torch.Generator(device).manual_seed(0)
+    scores = torch.randn(count, generator=random, device=device)
+    kept = round(DENSITY * count)
+
+    def select() -> None:
+        cut_of(scores, kept)
+        synchronize()
+
+    def add_up() -> None:
+        scores.sum()
+        synchronize()
+
+    times = compare({"sum": add_up, "threshold": select}, rounds=rounds)
+    return {
+        "scores": count,
+        "sum_ms": asdict(times["sum"]),
+        "threshold_ms": asdict(times["threshold"]),
+        "passes": round(times["threshold"].median_ms / times["sum"].median_ms, 2),
+        "extra_memory": round(extra_bytes(partial(cut_of, scores, kept), device) / 4 / count, 4),
+    }
+
+
+def cut_of(scores: Tensor, count: int) -> None:
+    """Find the threshold; on an accelerator, where it is not read back, with the mask it makes."""
+    if scores.device.type == "cpu":
+        find_cut([scores], count)
+    else:
+        top_v([scores], count)
+
+
+def extra_bytes(call: Any, device: torch.device) -> int:
+    """Most bytes that a call holds beside what was there."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    options: Any = {"activities": [ProfilerActivity.CPU], "profile_memory": True}
+    with profile(**options) as profiler, record_function("call"):
+        call()
+    return peak_of(profiler, "call")
+
+
+def measure_evaluation(
+    shape: Shape, tokens: int, rounds: int, device: torch.device
+) -> dict[str, Any]:
+    """Forwards of a prepared model without gradients, beside those of the dense one."""
+    steps = {case.name: make_step(case, shape, tokens, device) for case in (DENSE, MOVEMENT)}
+    batch = {k: v for k, v in steps[DENSE.name].batch.items() if k != "labels"}
+    models = {name: step.model.eval() for name, step in steps.items()}
+    times = interleaved_ms(models, batch, rounds, "evaluation")
+    ratio = times[MOVEMENT.name].median / times[DENSE.name].median
+    return {
+        "shape": shape.name,
+        "tokens": tokens,
+        "ms": {name: asdict(t) for name, t in times.items()},
+        "time_over_dense": round(ratio, 3),
+    }
+
+
+def merged(path: Path, new: dict[str, Any]) -> dict[str, Any]:
+    """What a result file has, with what was measured now put in its place."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def key(cell: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(cell[name] for name in ("shape", "tokens", "mode") if name in cell)
+
+    for part in ("cells", "evaluation"):
+        cells = {key(cell): cell for cell in [*old.get(part, []), *new[part]]}
+        new[part] = list(cells.values())
+    new["threshold"] = new["threshold"] or old.get("threshold")
+    return new
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure what is asked for, and write `results/training_step.json`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training_step", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--shape", choices=[*SHAPES], action="append", help="default: all")
+    parser.add_argument("--tokens", type=int, action="append", help="default: 800 and 4096")
+    parser.add_argument("--mode", choices=["eager", "compiled"], action="append")
+    parser.add_argument("--cases", choices=[*SETS], default="all")
+    parser.add_argument("--alone", action="store_true", help="threshold and evaluation only")
+    parser.add_argument("--rounds", type=int, default=11, help="timed rounds (default: 11)")
+    parser.add_argument("--scores", type=int, default=SCORES, help="in the threshold alone")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shapes = [SHAPES[name] for name in options.shape or SHAPES]
+    result: dict[str, Any] = {
+        "benchmark": "training_step",
+        "question": "What does a training step with masks cost, beside one of dense fine-tuning?",
+        "environment": results_file.environment(device),
+        "settings": {"density": DENSITY, "optimizer": "AdamW, fused", "sequences": 32},
+        "cells": [],
+        "evaluation": [],
+        "threshold": None,
+    }
+    chosen = itertools.product(
+        shapes, options.tokens or [800, 4096], options.mode or ["eager", "compiled"]
+    )
+    for shape, tokens, mode in () if options.alone else chosen:
+        cases = COMPILED if mode == "compiled" else SETS[options.cases]
+        cell = measure_cell(shape, tokens, mode == "compiled", cases, options.rounds, device)
+        result["cells"].append(cell)
+        results_file.write(options.output, merged(options.output, {**result}))
+        torch.compiler.reset()
+        gc.collect()
+    if options.alone:
+        result["threshold"] = measure_threshold(device, options.scores, options.rounds)
+        for shape, tokens in itertools.product(shapes, options.tokens or [800]):
+            row = measure_evaluation(shape, tokens, options.rounds, device)
+            result["evaluation"].append(row)
+        results_file.write(options.output, merged(options.output, result))
+        print(result["threshold"], *result["evaluation"], sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The native library of the training step: whether it is there, and what it does.
+
+It is built with the package where there is a C++ compiler. Each function has a twin in plain
+operations of torch that gives the same values, sums up to the order of their terms; callers ask
+`serves` which to take.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mvpfx.torch_private import dispatch_modes_active
+
+VERSION = 1
+"""Of the interface that this file speaks."""
+
+_FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
+    "mvpfx_training_version": (c_int, ()),
+    "mvpfx_mask": (None, (c_void_p, c_void_p, c_void_p, c_int64, c_int)),
+    "mvpfx_mask_gradients": (None, (*[c_void_p] * 5, c_int64, c_int)),
+    "mvpfx_block_gradients": (None, (*[c_void_p] * 5, *[c_int64] * 4, c_int)),
+    "mvpfx_at_least": (None, (c_void_p, c_float, c_void_p, c_int64, c_int)),
+    "mvpfx_split": (
+        c_int64,
+        (c_void_p, c_int64, c_float, c_float, POINTER(c_int64), c_void_p, c_int64, c_int),
+    ),
+}
+
+
+def serves(values: Tensor, *others: Tensor) -> bool:
+    """Whether the library can compute with these: plain float32 on the CPU and bool beside it, of
+    one shape, each without gaps; not traced, transformed or watched by a dispatch mode.
+    """
+    if LIBRARY is None or values.dtype != torch.float32:
+        return False
+    plain = all(
+        type(each) in (Tensor, nn.Parameter)
+        and each.device.type == "cpu"
+        and each.dtype in (torch.float32, torch.bool)
+        and each.shape == values.shape
+        and each.is_contiguous()
+        for each in (values, *others)
+    )
+    return plain and not torch.compiler.is_compiling() and not dispatch_modes_active()
+
+
+def multiply(values: Tensor, mask: Tensor) -> Tensor:
+    """`values * mask`, float32."""
+    out = torch.empty_like(values)
+    _library().mvpfx_mask(
+        values.data_ptr(), mask.data_ptr(), out.data_ptr(), values.numel(), torch.get_num_threads()
+    )
+    return out
+
+
+def gradients(gradient: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`gradient * mask` and `gradient * weight`, float32, in one pass."""
+    masked, movement = torch.empty_like(gradient), torch.empty_like(gradient)
+    pointers = [each.data_ptr() for each in (gradient, weight, mask, masked, movement)]
+    _library().mvpfx_mask_gradients(*pointers, gradient.numel(), torch.get_num_threads())
+    return masked, movement
+
+
+def block_gradients(
+    gradient: Tensor, weight: Tensor, mask: Tensor, units: tuple[int, int], block: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """`gradient * mask`, and `gradient * weight` summed over each block, float32, in one pass.
+
+    Args:
+        gradient: of any shape that is a matrix when flattened.
+        weight: float32, of that shape.
+        mask: bool, of that shape.
+        units: number of blocks along (rows, columns) of that: the shape of the sums.
+        block: rows and columns of a block.
+    """
+    masked = torch.empty_like(gradient)
+    sums = torch.empty(units, dtype=torch.float32)
+    pointers = [each.data_ptr() for each in (gradient, weight, mask, masked, sums)]
+    (units_down, units_across), (rows, cols) = units, block
+    _library().mvpfx_block_gradients(
+        *pointers, units_down, rows, units_across, cols, torch.get_num_threads()
+    )
+    return masked, sums
+
+
+def at_least(values: Tensor, cut: float) -> Tensor:
+    """`values >= cut`, bool."""
+    out = torch.empty_like(values, dtype=torch.bool)
+    _library().mvpfx_at_least(
+        values.data_ptr(), cut, out.data_ptr(), values.numel(), torch.get_num_threads()
+    )
+    return out
+
+
+def split(values: Tensor, low: float, high: float, inside: Tensor) -> tuple[int, int]:
+    """How many of `values` are above `high`, and how many from `low` to `high`; these are -1 where
+    a value is NaN.
+
+    Args:
+        values: float32.
+        low: the least value in the bracket.
+        high: the greatest in it.
+        inside: float32; the values in the bracket are written to it, in any order, as many as fit.
+    """
+    above = c_int64()
+    found: int = _library().mvpfx_split(
+        values.data_ptr(),
+        values.numel(),
+        low,
+        high,
+        byref(above),
+        inside.data_ptr(),
+        inside.numel(),
+        torch.get_num_threads(),
+    )
+    return above.value, found
+
+
+def _library() -> ctypes.CDLL:
+    assert LIBRARY is not None, "serves was asked"
+    return LIBRARY
+
+
+def open_library(path: Path) -> ctypes.CDLL | None:
+    """The library in one file, with the types of its functions; None where it is another one."""
+    try:
+        found = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(found, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError):
+        return None
+    return found if found.mvpfx_training_version() == VERSION else None
+
+
+def _find() -> ctypes.CDLL | None:
+    folder = Path(__file__).parent
+    paths = (folder / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES)
+    return next((open_library(path) for path in paths if path.is_file()), None)
+
+
+LIBRARY = _find()
+"""The library; None where it was not built or cannot be loaded."""

@@ -1,0 +1,94 @@
+"""The benchmark of training steps: its cases, its counts of memory, its table; a tiny run of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import training_cases, training_step, training_step_table
+from benchmarks.naive_movement import NaiveLinear, TopV, prune_naively
+from benchmarks.training_cases import ACCUMULATING, BLOCKS, DENSE, MOVEMENT, Shape, make_step
+from mvpfx.scheduler import masks_of
+from mvpfx.top_v import top_v
+from tests.toy_masks import values
+
+CPU = torch.device("cpu")
+TINY = Shape("tiny", hidden=32, layers=2, heads=2, ffn=64, vocabulary=40)
+
+
+def test_the_naive_module_keeps_what_ours_keeps() -> None:
+    scores = values(30, 20).round()
+    mask: Any = TopV.apply(scores, 0.3)
+    assert torch.equal(mask.bool(), top_v([scores], 180)[0])
+    layer = nn.Linear(20, 30)
+    naive = NaiveLinear(layer, 0.3, (10, 5))
+    found = naive(values(2, 20))
+    units = top_v([naive.scores], round(0.3 * 12))[0]
+    kept = units.repeat_interleave(10, 0).repeat_interleave(5, 1)
+    wanted = nn.functional.linear(values(2, 20), layer.weight * kept, layer.bias)
+    torch.testing.assert_close(found, wanted)
+    found.sum().backward()
+    assert naive.scores.grad is not None and layer.weight.grad is not None
+    assert not layer.weight.grad[~kept].any()
+
+
+def test_all_linear_layers_of_the_encoder_are_pruned() -> None:
+    model = prune_naively(TINY.model(CPU), 0.15)
+    layers = [m for m in model.modules() if isinstance(m, NaiveLinear)]
+    assert sum(layer.weight.numel() for layer in layers) == TINY.prunable
+    ours = make_step(MOVEMENT, TINY, 64, CPU)
+    assert sum(mask.units for mask in masks_of(ours.model)) == TINY.prunable
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", training_cases.ALL, ids=lambda case: case.name)
+def test_every_case_takes_steps(case: training_cases.Case) -> None:
+    step = make_step(case, TINY, 64, CPU)
+    assert step() > 0
+    assert step() > 0
+    if step.scheduler is not None:
+        assert step.scheduler.step_count == training_cases.DONE + 2
+        density = step.scheduler.density
+        assert density is None or training_cases.DENSITY < density < 1
+
+
+@pytest.mark.slow
+def test_peak_memory_is_that_of_tensors() -> None:
+    shape = Shape("wide", hidden=512, layers=1, heads=2, ffn=1024, vocabulary=40)
+    peaks = {
+        case.name: training_cases.peak_bytes(lambda c=case: make_step(c, shape, 32, CPU), CPU)
+        for case in (DENSE, MOVEMENT, ACCUMULATING, BLOCKS)
+    }
+    parameters = sum(p.numel() for p in shape.model(CPU).parameters())
+    assert peaks["dense"] == pytest.approx(16 * parameters, rel=0.1)
+    extra = {n: (peak - peaks["dense"]) / shape.prunable for n, peak in peaks.items()}
+    assert extra["movement"] == pytest.approx(17, abs=1.5), "here the gradients are the peak"
+    assert extra["movement, accumulate"] == pytest.approx(5, abs=4.5)
+    assert extra["movement, 32 x 32"] == pytest.approx(1, abs=1.5)
+
+
+@pytest.mark.slow
+def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_step, "SHAPES", {"tiny": TINY})
+    path = tmp_path / "result.json"
+    common = ["--rounds", "2", "--output", str(path)]
+    training_step.main(["--tokens", "64", "--mode", "eager", "--cases", "main", *common])
+    training_step.main(["--alone", "--tokens", "64", "--scores", "100000", *common])
+    result = json.loads(path.read_text())
+    (cell,) = result["cells"]
+    assert [row["case"] for row in cell["rows"]] == [case.name for case in training_cases.MAIN]
+    assert cell["rows"][0]["time_over_dense"] == 1.0
+    assert result["threshold"]["extra_memory"] < 1
+    assert [row["shape"] for row in result["evaluation"]] == ["tiny"]
+    training_step.main(["--tokens", "64", "--mode", "eager", "--cases", "main", *common])
+    again = json.loads(path.read_text())
+    assert len(again["cells"]) == 1 and again["threshold"] == result["threshold"]
+    text = training_step_table.table([result])
+    assert "| movement, accumulate " in text
+    assert "The exact threshold of 0 M scores" in text
+    assert training_step_table.table([]) == "No result file yet."
