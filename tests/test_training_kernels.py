@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,9 +99,3 @@ def test_what_it_leaves_to_torch() -> None:
     assert not any(library.serves(*pair) for pair in others)
     with Watching():
         assert not library.serves(weight, mask)
-
-
-def test_another_file_is_no_library(tmp_path: Path) -> None:
-    path = tmp_path / "_native.so"
-    path.write_bytes(b"no library")
-    assert library.open_library(path) is None

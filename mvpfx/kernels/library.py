@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 
-NAME = "_native"
+from mvpfx.native import Interface
+
 MISSING = "the native kernels were not built with this installation: it takes a C++ compiler"
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -71,11 +71,7 @@ class CStep(ctypes.Structure):
     )
 
 
-INTERFACE = 2
-"""Of the library's functions and structs as they are written down here."""
-
 _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
-    "mvpfx_interface": (c_int, ()),
     "mvpfx_isa": (c_char_p, ()),
     "mvpfx_use_isa": (c_int, (c_char_p,)),
     "mvpfx_halves": (c_int, ()),
@@ -83,6 +79,9 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "mvpfx_free": (None, (c_void_p,)),
     "mvpfx_run": (None, (POINTER(CGeometry), POINTER(CStep), c_int, c_int64, c_int)),
 }
+
+
+INTERFACE = Interface(_FUNCTIONS, "mvpfx_interface", version=2)
 
 
 def no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -94,20 +93,6 @@ def no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"native kernels take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     return None
-
-
-def open_library(path: Path) -> ctypes.CDLL | None:
-    """The library in one file, with the types of its functions; None where it is another one, or
-    was built from another version of its sources.
-    """
-    try:
-        found = ctypes.CDLL(str(path))
-        for name, (result, arguments) in _FUNCTIONS.items():
-            function = getattr(found, name)
-            function.restype, function.argtypes = result, arguments
-    except (OSError, AttributeError):
-        return None
-    return found if found.mvpfx_interface() == INTERFACE else None
 
 
 def isa() -> str | None:
@@ -128,11 +113,5 @@ def use_isa(name: str) -> None:
         raise ValueError(f'instruction set "{name}" cannot be used: {why}.')
 
 
-def _find() -> ctypes.CDLL | None:
-    folder = Path(__file__).parent
-    paths = (folder / f"{NAME}{suffix}" for suffix in EXTENSION_SUFFIXES)
-    return next((open_library(path) for path in paths if path.is_file()), None)
-
-
-LIBRARY = _find()
+LIBRARY = INTERFACE.find(Path(__file__).parent)
 """The library; None where it was not built or cannot be loaded."""

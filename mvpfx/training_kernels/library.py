@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from mvpfx.native import Interface
 from mvpfx.torch_private import dispatch_modes_active
 
-VERSION = 1
-"""Of the interface that this file speaks."""
-
 _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
-    "mvpfx_training_version": (c_int, ()),
     "mvpfx_mask": (None, (c_void_p, c_void_p, c_void_p, c_int64, c_int)),
     "mvpfx_mask_gradients": (None, (*[c_void_p] * 5, c_int64, c_int)),
     "mvpfx_block_gradients": (None, (*[c_void_p] * 5, *[c_int64] * 4, c_int)),
@@ -127,23 +123,6 @@ def _library() -> ctypes.CDLL:
     return LIBRARY
 
 
-def open_library(path: Path) -> ctypes.CDLL | None:
-    """The library in one file, with the types of its functions; None where it is another one."""
-    try:
-        found = ctypes.CDLL(str(path))
-        for name, (result, arguments) in _FUNCTIONS.items():
-            function = getattr(found, name)
-            function.restype, function.argtypes = result, arguments
-    except (OSError, AttributeError):
-        return None
-    return found if found.mvpfx_training_version() == VERSION else None
-
-
-def _find() -> ctypes.CDLL | None:
-    folder = Path(__file__).parent
-    paths = (folder / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES)
-    return next((open_library(path) for path in paths if path.is_file()), None)
-
-
-LIBRARY = _find()
+INTERFACE = Interface(_FUNCTIONS, "mvpfx_training_version", version=1)
+LIBRARY = INTERFACE.find(Path(__file__).parent)
 """The library; None where it was not built or cannot be loaded."""
