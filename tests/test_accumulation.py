@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import mvpfx
 from mvpfx.optim import parameter_groups
 from mvpfx.scheduler import masks_of
-from tests.toy_masks import raises, values
+from tests.toy_masks import raises, sharded, values
 
 UNITS: list[object] = ["element", (4, 8), "row", "column", "2:4"]
 STEPS = 6
@@ -215,6 +215,17 @@ def test_a_weight_that_does_not_train() -> None:
     masks_of(model)[1].weight.requires_grad_(False)
     message = (
         "2.weight does not train, and scores that accumulate take their changes from its gradient. "
+        "Leave accumulate out of criterion_options there."
+    )
+    with raises(ValueError, message):
+        mvpfx.SparsityScheduler(model, STEPS)
+
+
+def test_a_weight_that_is_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepared()
+    monkeypatch.setattr("mvpfx.accumulation.is_sharded", sharded)
+    message = (
+        "0.weight is sharded over ranks, and scores accumulate by whole weights. "
         "Leave accumulate out of criterion_options there."
     )
     with raises(ValueError, message):
