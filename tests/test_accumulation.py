@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import mvpfx
+import mvpfx.hf
 from mvpfx.optim import parameter_groups
+from mvpfx.pruning_callback import check_groups
 from mvpfx.scheduler import masks_of
 from tests.toy_masks import raises, sharded, values
 
@@ -193,6 +195,21 @@ def test_a_compiled_model_accumulates() -> None:
         torch.testing.assert_close(one.require_scores(), other.require_scores())
         assert torch.equal(one.mask(), other.mask()) and not one.mask().all()
     torch.compiler.reset()
+
+
+def test_an_optimizer_that_a_trainer_made() -> None:
+    model = prepared()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = mvpfx.hf.separate_scores(torch.optim.AdamW(trained), model, score_lr=0.5)
+    check_groups(model, optimizer.param_groups)
+    assert optimizer.param_groups[-1]["params"] == [m.scores for m in masks_of(model)]
+    scheduler = mvpfx.SparsityScheduler(model, STEPS)
+    before = [mask.require_scores().clone() for mask in masks_of(model)]
+    model(values(8, 32)).square().mean().backward()
+    optimizer.step()
+    scheduler.step()
+    for mask, old in zip(masks_of(model), before, strict=True):
+        assert not torch.equal(mask.require_scores(), old)
 
 
 def test_an_optimizer_without_the_scores() -> None:
