@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import mvpfx
+import mvpfx.hf
 from mvpfx.optim import parameter_groups
+from mvpfx.pruning_callback import check_groups
 from mvpfx.scheduler import masks_of
-from tests.toy_masks import raises, values
+from tests.toy_masks import raises, sharded, values
 
 UNITS: list[object] = ["element", (4, 8), "row", "column", "2:4"]
 STEPS = 6
@@ -195,6 +197,21 @@ def test_a_compiled_model_accumulates() -> None:
     torch.compiler.reset()
 
 
+def test_an_optimizer_that_a_trainer_made() -> None:
+    model = prepared()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = mvpfx.hf.separate_scores(torch.optim.AdamW(trained), model, score_lr=0.5)
+    check_groups(model, optimizer.param_groups)
+    assert optimizer.param_groups[-1]["params"] == [m.scores for m in masks_of(model)]
+    scheduler = mvpfx.SparsityScheduler(model, STEPS)
+    before = [mask.require_scores().clone() for mask in masks_of(model)]
+    model(values(8, 32)).square().mean().backward()
+    optimizer.step()
+    scheduler.step()
+    for mask, old in zip(masks_of(model), before, strict=True):
+        assert not torch.equal(mask.require_scores(), old)
+
+
 def test_an_optimizer_without_the_scores() -> None:
     model = prepared()
     scheduler = mvpfx.SparsityScheduler(model, STEPS)
@@ -215,6 +232,17 @@ def test_a_weight_that_does_not_train() -> None:
     masks_of(model)[1].weight.requires_grad_(False)
     message = (
         "2.weight does not train, and scores that accumulate take their changes from its gradient. "
+        "Leave accumulate out of criterion_options there."
+    )
+    with raises(ValueError, message):
+        mvpfx.SparsityScheduler(model, STEPS)
+
+
+def test_a_weight_that_is_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepared()
+    monkeypatch.setattr("mvpfx.accumulation.is_sharded", sharded)
+    message = (
+        "0.weight is sharded over ranks, and scores accumulate by whole weights. "
         "Leave accumulate out of criterion_options there."
     )
     with raises(ValueError, message):

@@ -76,7 +76,12 @@ HOW = 'To leave a weight alone, use overrides={"its name": None}.'
         (
             {"criterion_options": {"beta": 0.9}},
             ValueError,
-            "criterion \"movement\" has no option 'beta'. It has none.",
+            'criterion "movement" has no option \'beta\'. It has "accumulate".',
+        ),
+        (
+            {"criterion": "magnitude", "criterion_options": {"beta": 0.9}},
+            ValueError,
+            "criterion \"magnitude\" has no option 'beta'. It has none.",
         ),
         (
             {"criterion": "platon", "criterion_options": {"beta_1": 1.5}},

@@ -21,7 +21,7 @@
 #endif
 
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
-#define CLONED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define CLONED __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define CLONED
 #endif
