@@ -1,7 +1,11 @@
 """Fixtures for all tests."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from mvpfx.kernels.library import INSTRUCTIONS, isa, use_isa
 
 torch.set_num_threads(1)
 
@@ -13,3 +17,24 @@ def device(request: pytest.FixtureRequest) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return name
+
+
+@pytest.fixture(params=INSTRUCTIONS)
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The instruction sets that native kernels are compiled for; skipped where there is none."""
+    best = isa()
+    assert best is not None
+    try:
+        use_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    use_isa(best)
+
+
+@pytest.fixture
+def fixed_inference() -> Iterator[None]:
+    """The same random numbers each time, and no gradients."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
