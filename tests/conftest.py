@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mvpfx.kernels.library import INSTRUCTIONS, isa, use_isa
+from mvpfx.training_kernels import library as training_kernels
 
 torch.set_num_threads(1)
 
@@ -38,3 +39,13 @@ def fixed_inference() -> Iterator[None]:
     torch.manual_seed(0)
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(params=["native", "plain"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A training step with the native library, and with operations of torch in its place."""
+    if request.param == "plain":
+        monkeypatch.setattr(training_kernels, "LIBRARY", None)
+    elif training_kernels.LIBRARY is None:
+        pytest.skip("the native library was not built")
+    return request.param

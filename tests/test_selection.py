@@ -14,7 +14,6 @@ from torch import Tensor
 from mvpfx import selection
 from mvpfx.selection import find_cut
 from mvpfx.top_v import _on_accelerator, top_v
-from mvpfx.training_kernels import library
 from tests.toy_masks import raises
 
 MANY = 200_000
@@ -60,16 +59,6 @@ ADVERSARIES: dict[str, list[Tensor]] = {
     "of unlike sizes": [random(7), random(150_000).view(-1, 10), torch.zeros(50_000), random(1)],
     "not contiguous": [random().view(400, 500).t()],
 }
-
-
-@pytest.fixture(params=["native", "plain"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the native library, and with operations of torch in its place."""
-    if request.param == "plain":
-        monkeypatch.setattr(library, "LIBRARY", None)
-    elif library.LIBRARY is None:
-        pytest.skip("the native library was not built")
-    return request.param
 
 
 @pytest.mark.parametrize("share", SHARES)

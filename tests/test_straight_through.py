@@ -24,16 +24,6 @@ SHAPES: list[tuple[tuple[int, ...], int, int]] = [
 UNITS: list[object] = ["element", (3, 2), (2, 4), "row", "column"]
 
 
-@pytest.fixture(params=["native", "plain"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the native library, and with operations of torch in its place."""
-    if request.param == "plain":
-        monkeypatch.setattr(library, "LIBRARY", None)
-    elif library.LIBRARY is None:
-        pytest.skip("the native library was not built")
-    return request.param
-
-
 def layout(units: object, out_dim: int = 0, parts: int = 1) -> Layout:
     return Layout(parse(units), out_dim, parts)
 
