@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 import warnings
@@ -168,8 +169,10 @@ def peak_bytes(make: Callable[[], Step], device: torch.device, steps: int = 3) -
     """Most bytes of tensors that are alive at once in a step, parameters and optimizer included.
 
     On a CPU torch's allocations are added up, as its profiler sees them; what else the process
-    holds, and what a C library keeps for later, does not count.
+    holds, and what a C library keeps for later, does not count. What lay in reference cycles
+    before is freed first: freed on the way it would count as memory given back.
     """
+    gc.collect()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         step = make()
