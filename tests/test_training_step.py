@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,12 @@ def test_peak_memory_is_that_of_tensors() -> None:
 
 @pytest.mark.slow
 def test_peak_memory_is_the_same_after_garbage() -> None:
+    def make() -> training_cases.Step:
+        gc.collect()  # as it may happen at any time
+        return make_step(DENSE, TINY, 32, CPU)
+
     def peak() -> int:
-        return training_cases.peak_bytes(lambda: make_step(DENSE, TINY, 32, CPU), CPU)
+        return training_cases.peak_bytes(make, CPU)
 
     first = peak()
     cycle: list[Any] = [torch.zeros(4 * TINY.prunable)]
