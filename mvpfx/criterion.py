@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mvpfx.recomputing import product
 from mvpfx.score_init import MAGNITUDE, ZERO, initial_scores
 from mvpfx.straight_through import apply_mask
 
@@ -130,10 +129,12 @@ class Criterion(ABC):
         """The weight the matmul sees, of the same shape and dtype: by default `W * M`."""
         adds_up = mask.accumulates
         scores = mask.learned_scores() if self.stored == "parameter" and not adds_up else None
-        factor, whole = mask.factor(weight), adds_up and mask.watcher is not None
-        if torch.is_grad_enabled() or factor is None or torch.compiler.is_compiling():
-            return apply_mask(weight, scores, factor, mask.layout, whole)
-        return mask.held.of(weight, factor, None, lambda: product(weight, factor))
+        whole = adds_up and mask.watcher is not None
+        return apply_mask(weight, scores, mask.factor(weight), mask.layout, whole)
+
+    def repeats(self, mask: Mask) -> bool:
+        """Whether `apply` gives the same again while scores, weight and targets are the same."""
+        return True
 
     def accumulates(self, mask: Mask) -> bool:
         """Whether scores add up what the weight's gradient says of them, not by an optimizer."""

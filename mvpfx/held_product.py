@@ -8,13 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mvpfx.distributed import is_sharded, version
-from mvpfx.torch_private import is_fake, transforms_active
+from mvpfx.distributed import is_sharded
+from mvpfx.torch_private import transforms_active
 
 
 class _Made(NamedTuple):
-    source: object
-    key: Hashable
+    weight: Tensor
+    address: int
+    weight_version: int
+    state: Hashable
     product: Tensor
     version: int
 
@@ -30,29 +32,35 @@ class HeldProduct:
         self._made: _Made | None = None
 
     def of(
-        self, weight: Tensor, source: object, key: Hashable, make: Callable[[], Tensor]
+        self, weight: Tensor, state: Callable[[], Hashable], make: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """The masked weight now. Only that of a whole parameter is held, and none that is traced,
+        """The masked weight now. Only that of a whole parameter is held, and none that is
         transformed, or of inference mode, where nobody counts what is written.
 
         Args:
             weight: the parameter.
-            source: what the result depends on beside it, the same object until it changes.
-            key: what else, to be compared.
-            make: computes the result.
+            state: what else the result depends on: returns the same object until it changes.
+            make: computes the result from the weight.
         """
-        whole = isinstance(weight, nn.Parameter) and not is_sharded(weight)
-        if not whole or torch.compiler.is_compiling() or is_fake(weight) or transforms_active():
-            return make()
-        if weight.is_inference():
-            return make()
-        key, made = (*version(weight), key), self._made
-        valid = made is not None and made.source is source and made.key == key
-        if made is None or not valid or made.product._version != made.version:
-            with torch.no_grad(), torch.inference_mode(False):
-                product = make()
-            self._made = made = _Made(source, key, product, product._version)
-        return made.product
+        if transforms_active():
+            return make(weight)
+        made = self._made
+        if (
+            made is not None
+            and made.weight is weight
+            and made.weight_version == weight._version
+            and made.address == weight.data_ptr()
+            and made.version == made.product._version
+            and made.state is state()
+        ):
+            return made.product
+        if not isinstance(weight, nn.Parameter) or is_sharded(weight) or weight.is_inference():
+            return make(weight)
+        with torch.no_grad(), torch.inference_mode(False):
+            product = make(weight)
+        address, version = weight.data_ptr(), weight._version
+        self._made = _Made(weight, address, version, state(), product, product._version)
+        return product
 
     def release(self) -> None:
         """Make the masked weight anew at the next use."""

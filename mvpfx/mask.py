@@ -161,6 +161,12 @@ class Mask(MaskState):
             return self.criterion.apply(self, weight)
         if torch.is_grad_enabled():
             self.held.release()
+        elif self.criterion.repeats(self):
+            return self.held.of(weight, self.ranking.state, self._masked)
+        return self._masked(weight)
+
+    def _masked(self, weight: Tensor) -> Tensor:
+        """The masked weight, computed anew."""
         check_scores_dtype(self.site, self.scores)
         held = self._weight
         if isinstance(weight, nn.Parameter):

@@ -104,7 +104,7 @@ def test_evaluation_multiplies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(1)
         return recomputing.product(weight, mask)
 
-    monkeypatch.setattr("mvpfx.criterion.product", counted)
+    monkeypatch.setattr("mvpfx.straight_through.product", counted)
     with torch.no_grad():
         for _ in range(3):
             model.eval()(values(2, 4))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mvpfx.criterion import Criterion, Progress, Targets
-from mvpfx.distributed import gathered, mean, version
+from mvpfx.distributed import gathered, mean
 from mvpfx.granularity import from_matrix, matrix_shape
 from mvpfx.score_init import rank
 
@@ -68,11 +68,11 @@ class L0(Criterion):
         """The weight times its gates; one that makes channels leaves gating to what reads them."""
         if mask.leader is not None and mask.granularity.cols is None:
             return weight if mask.training else weight * mask.mask()
-        if mask.training or torch.is_grad_enabled():
-            return self._gated(mask, weight)
-        scores = mask.require_scores()
-        key = (*version(scores), mask.frozen)
-        return mask.held.of(weight, scores, key, lambda: self._gated(mask, weight))
+        return self._gated(mask, weight)
+
+    def repeats(self, mask: Mask) -> bool:
+        """Not in training, where gates are drawn."""
+        return not mask.training
 
     def _gated(self, mask: Mask, weight: Tensor) -> Tensor:
         scores = mask.require_scores()
