@@ -133,10 +133,9 @@ def check_finite(site: Site, values: Tensor, what: str) -> None:
         )
 
 
-@torch.no_grad()
 def count_nan(values: Tensor) -> int:
     """How many of `values` are NaN: one sum where none is. Fake tensors have none."""
-    values = gathered(values)
-    if is_fake(values) or not torch.isnan(values.sum()):
+    values = gathered(values.detach())
+    if is_fake(values) or not math.isnan(values.sum()):
         return 0
     return int(torch.isnan(values).sum())

@@ -12,17 +12,16 @@ from mvpfx.checks import check_finite, check_scores_dtype, check_weight
 from mvpfx.criteria import find
 from mvpfx.criterion import Criterion
 from mvpfx.distributed import is_sharded, version
-from mvpfx.granularity import from_matrix, matrix_shape
 from mvpfx.interception import is_running
 from mvpfx.late_nan import LateNan
 from mvpfx.mask_operator import traced_mask
-from mvpfx.mask_state import MaskState
+from mvpfx.mask_state import MaskState, nothing_recorded
 from mvpfx.ranking import Ranking
 from mvpfx.rule import Rule
 from mvpfx.schedule import Schedule
 from mvpfx.score_init import SENSITIVITY
 from mvpfx.site import Site
-from mvpfx.torch_private import is_fake, modes_off, transforms_off
+from mvpfx.torch_private import is_fake, modes_off
 
 
 class Mask(MaskState):
@@ -45,11 +44,6 @@ class Mask(MaskState):
         scores: float32 `[r, c]` whatever the dtype of the weight; None where not stored.
         granularity: of the scores.
         ranking: the masks it competes with; by default itself alone.
-        density: fraction of units to keep now; None where the criterion has no such target.
-        threshold: cutoff of `sigmoid(scores)` now; 0 where the criterion has none.
-        penalty_lambda: factor of the penalty now.
-        steered: density that the penalty is steered to now; None where it is not steered.
-        step: optimizer steps the scheduler has counted.
 
     Raises:
         TypeError: if the weight is not floating point of 16 bits or more.
@@ -137,10 +131,7 @@ class Mask(MaskState):
         self._set_targets(step, lambda initial, final: plan(step, total_steps, initial, final))
 
     def _set_targets(self, step: int, progress: Callable[[float, float], float]) -> None:
-        targets = self.criterion.targets(self.rule, progress)
-        self.density, self.threshold = targets.density, targets.threshold
-        self.penalty_lambda, self.step = targets.penalty_lambda, step
-        self.steered = targets.steered
+        self.aim(self.criterion.targets(self.rule, progress), step)
         self.forget()
 
     def freeze(self, kept: Tensor) -> None:
@@ -252,14 +243,12 @@ class Mask(MaskState):
         """Units and weights that stay, from the cache where nothing has changed."""
         key = self.ranking.state()
         if self._cache is None or self._cache[0] is not key:
-            with torch.no_grad(), torch.inference_mode(False), transforms_off():
+            with nothing_recorded():
                 stored = self.stored()
                 if stored is not None and not self._is_ranked:
                     self.check_finite(stored.detach())
                 kept = self.decide()
-                site = self.site
-                matrix = self.granularity.expand(kept, *matrix_shape(site))
-                mask = from_matrix(matrix, site.shape, site.out_dim, site.parts).contiguous()
+                mask = self.expand(kept)
             if self.shard is not None:
                 return kept, mask  # a rank that kept all masks would hold a byte for each weight
             self._cache = (key, kept, mask)

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from mvpfx.distributed import gathered, is_sharded
-from mvpfx.granularity import Granularity, to_matrix
+from mvpfx.granularity import Granularity, from_matrix, matrix_shape, to_matrix
 from mvpfx.held_product import HeldProduct
 from mvpfx.mask_operator import register_source
 from mvpfx.schedule import Rewind, Schedule
 from mvpfx.site import Site
-from mvpfx.torch_private import is_fake, untransformed
+from mvpfx.torch_private import is_fake, transforms_active, transforms_off, untransformed
 from mvpfx.weight_layout import Layout
+
+if TYPE_CHECKING:
+    from mvpfx.criterion import Targets
+
+
+@contextmanager
+def nothing_recorded() -> Generator[None]:
+    """Outside of autograd, inference mode and all transforms, whichever there are."""
+    with torch.no_grad():
+        if torch.is_inference_mode_enabled() or transforms_active():
+            with torch.inference_mode(False), transforms_off():
+                yield
+        else:
+            yield
 
 
 class MaskState(nn.Module):
@@ -36,6 +51,11 @@ class MaskState(nn.Module):
         handle: by which compiled graphs find this very mask.
         watcher: number of who takes whole gradients of the weight apart, for scores and weight,
             before an optimizer steps; None where nobody does, and they come masked.
+        density: fraction of units to keep now; None where the criterion has no such target.
+        threshold: cutoff of `sigmoid(scores)` now; 0 where the criterion has none.
+        penalty_lambda: factor of the penalty now.
+        steered: density that the penalty is steered to now; None where it is not steered.
+        step: optimizer steps the scheduler has counted.
         frozen: whether `frozen_kept` says what stays, not the criterion.
         frozen_kept: bool `[r, c]`, which units stay; None where the schedule never freezes.
         remembered_weight: what the weight goes back to; None where the schedule never rewinds.
@@ -45,6 +65,11 @@ class MaskState(nn.Module):
     frozen_kept: Tensor | None
     remembered_weight: Tensor | None
     accumulates: bool
+    density: float | None
+    threshold: float
+    penalty_lambda: float
+    steered: float | None
+    step: int
     _weight: nn.Parameter
 
     def __init__(self, site: Site, weight: nn.Parameter, granularity: Granularity) -> None:
@@ -58,6 +83,7 @@ class MaskState(nn.Module):
             self.register_buffer(name, None)
         self.frozen = False
         self.watcher: int | None = None
+        self._expanded: tuple[Tensor, Tensor] | None = None
         self.handle = register_source(self)
 
     def hold(self, weight: nn.Parameter) -> None:
@@ -87,6 +113,16 @@ class MaskState(nn.Module):
         self.frozen_kept = weight.new_ones(units, dtype=torch.bool) if freezes else None
         self.remembered_weight = weight.clone() if remembers else None
 
+    def aim(self, targets: Targets, step: int) -> None:
+        """Take over what a schedule asks for after `step` steps."""
+        self.__dict__.update(  # numbers: nn.Module looks at each that is set by itself
+            density=targets.density,
+            threshold=targets.threshold,
+            penalty_lambda=targets.penalty_lambda,
+            steered=targets.steered,
+            step=step,
+        )
+
     @torch.no_grad()
     def rewind(self, action: Rewind) -> None:
         """Remember the weight as it is, or put it back to what was remembered."""
@@ -96,6 +132,20 @@ class MaskState(nn.Module):
             remembered.copy_(self._weight)
         else:
             self._weight.copy_(remembered)
+
+    def expand(self, kept: Tensor) -> Tensor:
+        """Which weights stay where these units do, bool: `[r, c]` -> the weight's shape; what it
+        was, where the same ones do.
+        """
+        before = self._expanded
+        if before is not None and before[0].device == kept.device and torch.equal(before[0], kept):
+            return before[1]
+        site = self.site
+        matrix = self.granularity.expand(kept, *matrix_shape(site))
+        mask = from_matrix(matrix, site.shape, site.out_dim, site.parts).contiguous()
+        if not self.granularity.is_element and kept.device.type == "cpu":  # nobody waits for it
+            self._expanded = (kept, mask)
+        return mask
 
     @property
     def units(self) -> int:
@@ -136,6 +186,8 @@ class MaskState(nn.Module):
         """The scores, or None; the ones with values where `torch.export` puts fakes in place."""
         # Read past nn.Module's __getattr__: every mask of a pool is asked in every forward.
         scores = self._parameters.get("scores", self._buffers.get("scores"))
+        if type(scores) is nn.Parameter and scores is self.__dict__.get("_last_stored"):
+            return scores  # neither fake nor sharded: these are of other types
         if scores is not None and type(scores) is not nn.Parameter:
             scores = untransformed(scores)
         if scores is not None and is_fake(scores) and torch.compiler.is_exporting():
@@ -185,7 +237,7 @@ class MaskState(nn.Module):
         """All but what belongs to this very mask."""
         own = ("handle", "_last_stored", "_shard")
         kept = {key: value for key, value in self.__dict__.items() if key not in own}
-        return {**kept, "watcher": None, "held": HeldProduct()}
+        return {**kept, "watcher": None, "_expanded": None, "held": HeldProduct()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -64,23 +64,29 @@ class Ranking:
             ValueError: if a member has NaN scores, or the members' densities differ.
         """
         key = self.state()
-        place = next(i for i, member in enumerate(self.masks) if member is mask)
+        if key is self._key and self._kept:
+            return self._kept[self._place(mask)]
         if any(member.shard is not None for member in self.masks):
             importance = gathered(mask.criterion.importance(mask))
             if len(self.masks) == 1:
                 return self._top_alone(importance)
             if key is not self._key or not self._counts:
                 self._counts, self._key = self._kept_counts(), key
-            return top_v([importance], self._counts[place])[0]
-        if key is not self._key or not self._kept:
-            self._kept, self._key = self._select(), key
-        return self._kept[place]
+            return top_v([importance], self._counts[self._place(mask)])[0]
+        self._kept, self._key = self._select(), key
+        return self._kept[self._place(mask)]
+
+    def _place(self, mask: Mask) -> int:
+        return next(i for i, member in enumerate(self.masks) if member is mask)
 
     def _top_alone(self, importance: Tensor) -> Tensor:
         """What the only member keeps: of each of its parts as much, where it is of local scope."""
         mask, density = self.masks[0], self._density()
         importance = mask.granularity.protect(importance)
-        parts = importance.chunk(mask.site.parts if mask.rule.scope == "local" else 1)
+        stacked = mask.site.parts if mask.rule.scope == "local" else 1
+        if stacked == 1:
+            return top_v([importance], round(density * importance.numel()))[0]
+        parts = importance.chunk(stacked)
         return torch.cat([top_v([part], round(density * part.numel()))[0] for part in parts])
 
     def _kept_counts(self) -> list[int]:

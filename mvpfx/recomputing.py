@@ -27,7 +27,6 @@ from mvpfx.training_kernels import library
 _thread = threading.local()
 
 
-@torch.no_grad()
 def product(weight: Tensor, mask: Tensor) -> Tensor:
     """`weight * mask`, without history, in shape and dtype of `weight`.
 
@@ -37,7 +36,8 @@ def product(weight: Tensor, mask: Tensor) -> Tensor:
     """
     if library.serves(weight, mask):
         return library.multiply(weight, mask)
-    return weight * mask
+    with torch.no_grad():
+        return weight * mask
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mvpfx.selection import Cut, find_cut
+from mvpfx.selection import FEW, NOT_RANKED, Cut, find_cut
 from mvpfx.torch_private import is_fake
 from mvpfx.training_kernels import library
 
@@ -36,11 +36,16 @@ def top_v(scores: Sequence[Tensor], count: int) -> list[Tensor]:
         return [torch.full_like(part, count > 0, dtype=torch.bool) for part in scores]
     if any(part.device.type != "cpu" or is_fake(part) for part in scores):
         return _on_accelerator(scores, count, total)
+    if len(scores) == 1 and total <= FEW and library.serves(scores[0]):
+        marked = library.top(scores[0].detach(), count)
+        if marked is None:
+            raise ValueError(NOT_RANKED)
+        return [marked]
     wide = torch.float64 if scores[0].dtype == torch.float64 else torch.float32
     flat = [part.detach().to(wide).reshape(-1) for part in scores]
     cut = find_cut(flat, count)
-    marked = _at_least(flat, cut.value) if cut.room == cut.tied else _first_ties(flat, cut)
-    return [mark.view_as(part) for mark, part in zip(marked, scores, strict=True)]
+    found = _at_least(flat, cut.value) if cut.room == cut.tied else _first_ties(flat, cut)
+    return [mark.view_as(part) for mark, part in zip(found, scores, strict=True)]
 
 
 _CHUNK = 1 << 17  # scores at a time whose ties are looked for

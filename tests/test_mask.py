@@ -184,6 +184,17 @@ def test_the_mask_is_computed_once_until_something_changes() -> None:
     assert torch.equal(mask.kept(), first)
 
 
+def test_blocks_are_expanded_anew_only_where_others_stay() -> None:
+    mask, _ = make_mask(values(8, 8), granularity=(4, 2))
+    mask.density = 0.5
+    first = mask.mask()
+    mask.forget()
+    assert mask.mask() is first
+    with torch.no_grad():
+        mask.require_scores().neg_()
+    assert torch.equal(mask.mask(), ~first), "the other half"
+
+
 def test_a_mask_made_in_inference_mode_serves_training() -> None:
     mask, weight = make_mask(values(4, 4))
     mask.density = 0.5

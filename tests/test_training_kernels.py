@@ -99,3 +99,17 @@ def test_what_it_leaves_to_torch() -> None:
     assert not any(library.serves(*pair) for pair in others)
     with Watching():
         assert not library.serves(weight, mask)
+
+
+@pytest.mark.parametrize("size", [2, 15, 16, 1000, 1 << 13])
+@pytest.mark.parametrize("levels", [1, 3, 1000])
+def test_the_top_of_few(size: int, levels: int) -> None:
+    scores = values(size).mul(levels).round().div(levels)
+    order = scores.sort(descending=True, stable=True).indices
+    for count in {1, size // 3 or 1, size - 1, size}:
+        wanted = torch.zeros(size, dtype=torch.bool)
+        wanted[order[:count]] = True
+        found = library.top(scores, count)
+        assert found is not None and torch.equal(found, wanted)
+    scores[size // 2] = torch.nan
+    assert library.top(scores, 1) is None

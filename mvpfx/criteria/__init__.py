@@ -50,12 +50,12 @@ def find(name: object) -> Criterion:
         TypeError: if `name` is no text.
         ValueError: if there is none of that name.
     """
+    if isinstance(name, str) and name in _CRITERIA:
+        return _CRITERIA[name]
     known = ", ".join(f'"{known}"' for known in _CRITERIA)
     if not isinstance(name, str):
         raise TypeError(f"criterion must be a name; found {name!r}. Use one of {known}.")
-    if name not in _CRITERIA:
-        raise ValueError(f'criterion "{name}" is unknown. Use one of {known}.')
-    return _CRITERIA[name]
+    raise ValueError(f'criterion "{name}" is unknown. Use one of {known}.')
 
 
 def check_options(name: str, values: Mapping[str, float]) -> None:

@@ -21,12 +21,15 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "mvpfx_mask": (None, (c_void_p, c_void_p, c_void_p, c_int64, c_int)),
     "mvpfx_mask_gradients": (None, (*[c_void_p] * 5, c_int64, c_int)),
     "mvpfx_block_gradients": (None, (*[c_void_p] * 5, *[c_int64] * 4, c_int)),
+    "mvpfx_top": (c_int, (c_void_p, c_int64, c_int64, c_void_p)),
     "mvpfx_at_least": (None, (c_void_p, c_float, c_void_p, c_int64, c_int)),
     "mvpfx_split": (
         c_int64,
         (c_void_p, c_int64, c_float, c_float, POINTER(c_int64), c_void_p, c_int64, c_int),
     ),
 }
+
+_PLAIN, _SERVED = (Tensor, nn.Parameter), (torch.float32, torch.bool)
 
 
 def serves(values: Tensor, *others: Tensor) -> bool:
@@ -35,15 +38,15 @@ def serves(values: Tensor, *others: Tensor) -> bool:
     """
     if LIBRARY is None or values.dtype != torch.float32:
         return False
-    plain = all(
-        type(each) in (Tensor, nn.Parameter)
-        and each.device.type == "cpu"
-        and each.dtype in (torch.float32, torch.bool)
-        and each.shape == values.shape
-        and each.is_contiguous()
-        for each in (values, *others)
-    )
-    return plain and not torch.compiler.is_compiling() and not dispatch_modes_active()
+    if torch.compiler.is_compiling() or dispatch_modes_active():
+        return False
+    shape = values.shape
+    for each in (values, *others):  # asked several times a site and step: no generator
+        if type(each) not in _PLAIN or each.dtype not in _SERVED or not each.is_cpu:
+            return False
+        if each.shape != shape or not each.is_contiguous():
+            return False
+    return True
 
 
 def multiply(values: Tensor, mask: Tensor) -> Tensor:
@@ -85,6 +88,15 @@ def block_gradients(
     return masked, sums
 
 
+def top(values: Tensor, count: int) -> Tensor | None:
+    """Mark the `count` greatest of few values, from 1 to all of them; of equal ones the first. None
+    where a value is NaN.
+    """
+    out = torch.empty_like(values, dtype=torch.bool)
+    pointers = values.data_ptr(), values.numel(), count, out.data_ptr()
+    return out if _library().mvpfx_top(*pointers) else None
+
+
 def at_least(values: Tensor, cut: float) -> Tensor:
     """`values >= cut`, bool."""
     out = torch.empty_like(values, dtype=torch.bool)
@@ -123,6 +135,6 @@ def _library() -> ctypes.CDLL:
     return LIBRARY
 
 
-INTERFACE = Interface(_FUNCTIONS, "mvpfx_training_version", version=1)
+INTERFACE = Interface(_FUNCTIONS, "mvpfx_training_version", version=2)
 LIBRARY = INTERFACE.find(Path(__file__).parent)
 """The library; None where it was not built or cannot be loaded."""

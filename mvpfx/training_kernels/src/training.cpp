@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #include "../../kernels/src/parallel.h"
@@ -127,7 +128,7 @@ bool split(const float* values, int64_t count, float low, float high, Found& fou
 }  // namespace
 
 // The version of this interface.
-EXPORT int mvpfx_training_version() { return 1; }
+EXPORT int mvpfx_training_version() { return 2; }
 
 // out = a * mask.
 EXPORT void mvpfx_mask(const float* a, const uint8_t* mask, float* out, int64_t count,
@@ -179,6 +180,26 @@ EXPORT void mvpfx_at_least(const float* values, float cut, uint8_t* out, int64_t
     const int64_t at = chunk * kChunk;
     at_least(values + at, cut, out + at, length(chunk, count));
   });
+}
+
+// Marks the `count` greatest of few values, from 1 to `size`; among equal ones those of lower index.
+// Returns 0 where a value is NaN, and 1 otherwise.
+EXPORT int mvpfx_top(const float* values, int64_t size, int64_t count, uint8_t* out) {
+  std::vector<float> ordered(values, values + size);
+  int64_t numbers = 0;
+  for (float value : ordered) numbers += value == value;
+  if (numbers != size) return 0;
+  const auto last = ordered.begin() + (count - 1);
+  std::nth_element(ordered.begin(), last, ordered.end(), std::greater<float>());
+  const float cut = *last;
+  int64_t room = count;
+  for (int64_t i = 0; i < size; ++i) room -= values[i] > cut;
+  for (int64_t i = 0; i < size; ++i) {
+    const bool first_tied = values[i] == cut && room > 0;
+    room -= first_tied;
+    out[i] = values[i] > cut || first_tied;
+  }
+  return 1;
 }
 
 // Counts the values above `high` into `above`; writes those from `low` to `high`, in any order, to
