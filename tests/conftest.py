@@ -9,6 +9,18 @@ from mvpfx.kernels.library import INSTRUCTIONS, isa, use_isa
 from mvpfx.training_kernels import library as training_kernels
 
 torch.set_num_threads(1)
+FEW_MODELS = {"BERT", "Llama", "bert", "convolutions", "nn.TransformerEncoder", "tied weights"}
+"""What stands for all where a test marked `every_model` repeats over the argument `name`."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of all other models are slow ones."""
+    for item in items:
+        arguments = getattr(item, "callspec", None)
+        name = arguments.params.get("name") if arguments is not None else None
+        if name is not None and item.get_closest_marker("every_model") and name not in FEW_MODELS:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

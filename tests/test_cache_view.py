@@ -15,6 +15,7 @@ from mvpfx.state import state_of
 from tests.zoo import ZOO
 from tests.zoo.check import difference, masked_copy, prepare
 
+pytestmark = pytest.mark.every_model
 DECODERS = [
     "GPT-2",
     "Llama",

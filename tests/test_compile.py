@@ -20,7 +20,10 @@ from mvpfx.mask import Mask
 from tests.models import Batch, build, loss, output
 
 # torch.compile makes an instance of each autograd.Function it meets, and warns of it itself.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.every_model,
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
 STEPS = 6
 CONFIGS: dict[str, dict[str, Any]] = {
     "element": {},

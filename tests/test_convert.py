@@ -35,7 +35,7 @@ def pruned(name: str, device: str = "cpu", **options: Any) -> tuple[nn.Module, B
     return model.eval(), batch
 
 
-@pytest.mark.parametrize("lowering", ["auto", "csr", "dense"])
+@pytest.mark.parametrize("lowering", ["auto", "csr", pytest.param("dense", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ZOO)
 def test_converted_computes_what_the_masked_model_computes(
     name: str, lowering: str, device: str

@@ -19,7 +19,17 @@ def test_there_is_something_to_run() -> None:
     assert len(PAGES["training.md"]) == 8
 
 
-@pytest.mark.parametrize("name", [name for name, blocks in PAGES.items() if blocks])
+LONG = ("training.md",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in LONG else name
+        for name, blocks in PAGES.items()
+        if blocks
+    ],
+)
 def test_the_code_of_a_page_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

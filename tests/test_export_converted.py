@@ -16,6 +16,7 @@ from mvpfx.storage import SparseLinear
 from tests.citizens import MODELS, STORAGES, citizen
 from tests.models import Batch, output
 
+pytestmark = pytest.mark.every_model
 every_model = pytest.mark.parametrize("name", MODELS)
 every_storage = pytest.mark.parametrize("lowering", STORAGES)
 ONNX = [

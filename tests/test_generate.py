@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.training import masked_pair, pair, regions
 from tests.zoo.entry import Batch
 
+pytestmark = pytest.mark.every_model
 NAMES = ["Llama", "GPT-2", "Qwen3", "Gemma 2", "Gemma 3", "T5", "BART", "Whisper"]
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},

@@ -15,6 +15,7 @@ from tests.citizens import MODELS, STORAGES, citizen, labels, shapes
 from tests.graphs import outputs
 from tests.toy_masks import raises
 
+pytestmark = pytest.mark.every_model
 DTYPES = {torch.float64: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 every_model = pytest.mark.parametrize("name", MODELS)
 every_storage = pytest.mark.parametrize("lowering", STORAGES)

@@ -17,6 +17,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_quick_start_runs_and_is_short(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = blocks("python")
     assert len(code.splitlines()) <= 12

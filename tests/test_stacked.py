@@ -17,6 +17,7 @@ from mvpfx.site import Site
 from mvpfx.state import state_of
 from tests.models import loss, output
 
+pytestmark = pytest.mark.every_model
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 1,

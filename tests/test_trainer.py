@@ -30,6 +30,7 @@ from tests.trainers import (
 )
 from tests.training import whole
 
+pytestmark = pytest.mark.every_model
 NAMES = ["BERT", "Llama", "ViT", "T5", "Whisper"]
 TOLERANCE = 1e-5
 

@@ -23,6 +23,7 @@ from tests.training import (
     whole,
 )
 
+pytestmark = pytest.mark.every_model
 NAMES = ["BERT", "GPT-2", "Llama", "T5", "ViT"]
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["saved", "reentrant"])
 

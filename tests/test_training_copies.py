@@ -28,6 +28,7 @@ from tests.training import (
 from tests.zoo import ZOO
 from tests.zoo.entry import Batch, loss, output
 
+pytestmark = pytest.mark.every_model
 NAMES = ["BERT", "GPT-2", "Llama", "T5", "ViT", "tied weights"]
 
 

@@ -27,6 +27,7 @@ from tests.training import (
 from tests.zoo import ZOO
 from tests.zoo.entry import loss, output
 
+pytestmark = pytest.mark.every_model
 NAMES = ["BERT", "GPT-2", "Llama", "T5", "ViT"]
 CALLED = pytest.mark.parametrize("called", [False, True], ids=["before a call", "after a call"])
 

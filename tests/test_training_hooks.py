@@ -29,6 +29,7 @@ from tests.zoo.entry import output
 
 # torch warns of hooks on modules whose result is no tensor, or whose input needs no gradient.
 pytestmark = [
+    pytest.mark.every_model,
     pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
     pytest.mark.filterwarnings("ignore:For backward hooks to be called:UserWarning"),
 ]

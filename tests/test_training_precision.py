@@ -24,6 +24,7 @@ from tests.training import (
 from tests.zoo import ZOO
 from tests.zoo.entry import Batch, loss, output
 
+pytestmark = pytest.mark.every_model
 NAMES = ["BERT", "GPT-2", "Llama", "T5", "ViT"]
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = pytest.mark.parametrize("dtype", HALVES, ids=str)

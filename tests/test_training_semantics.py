@@ -24,6 +24,7 @@ from tests.training import (
 )
 from tests.zoo.entry import loss, output
 
+pytestmark = pytest.mark.every_model
 NAMES = ["BERT", "GPT-2", "Llama", "T5", "ViT"]
 MAKERS = pytest.mark.parametrize("make", [pair, masked_pair], ids=["all ones", "half"])
 Make = Callable[[str], Pair]

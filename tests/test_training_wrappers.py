@@ -29,6 +29,7 @@ from tests.training import (
 from tests.zoo import ZOO
 from tests.zoo.entry import Batch, loss, output
 
+pytestmark = pytest.mark.every_model
 NAMES = ["BERT", "Llama", "T5", "ViT"]
 
 
