@@ -143,7 +143,8 @@ class MaskState(nn.Module):
         site = self.site
         matrix = self.granularity.expand(kept, *matrix_shape(site))
         mask = from_matrix(matrix, site.shape, site.out_dim, site.parts).contiguous()
-        if not self.granularity.is_element and kept.device.type == "cpu":  # nobody waits for it
+        comparable = kept.device.type == "cpu" and self.shard is None  # elsewhere it would wait, or hold much
+        if comparable and not self.granularity.is_element:
             self._expanded = (kept, mask)
         return mask
 
