@@ -143,7 +143,8 @@ class MaskState(nn.Module):
         site = self.site
         matrix = self.granularity.expand(kept, *matrix_shape(site))
         mask = from_matrix(matrix, site.shape, site.out_dim, site.parts).contiguous()
-        comparable = kept.device.type == "cpu" and self.shard is None  # elsewhere it would wait, or hold much
+        # An accelerator would be waited for, and ranks with shards would hold what they share.
+        comparable = kept.device.type == "cpu" and self.shard is None
         if comparable and not self.granularity.is_element:
             self._expanded = (kept, mask)
         return mask
