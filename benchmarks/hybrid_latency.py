@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import mvpfx
 from benchmarks import measure, results_file, structured_table
+from mvpfx.break_even import processor
 from mvpfx.storage import SparseLinear
 
 DENSITIES = (0.5, 0.25, 0.125)
@@ -235,7 +236,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--multiple-of", type=int, default=1, help="as in mvpfx.convert")
     parser.add_argument("--rounds", type=int, default=30, help="timed calls of each")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=results_file.FOLDER / "hybrid_latency.json")
+    output = results_file.FOLDER / f"hybrid_latency_{processor()}.json"
+    parser.add_argument("--output", type=Path, default=output, help="default: by processor")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     shape = Shape(**{size.name: getattr(options, size.name) for size in fields(Shape)})

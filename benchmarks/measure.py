@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,7 @@ from benchmarks.workloads import Batch
 
 @dataclass(frozen=True)
 class Quartiles:
-    """Lower quartile, median and upper quartile, milliseconds."""
+    """Lower quartile, median and upper quartile; milliseconds, unless said otherwise."""
 
     q1: float
     median: float
@@ -29,7 +29,15 @@ class Quartiles:
 def interleaved_ms(
     models: dict[str, nn.Module], batch: Batch, rounds: int, label: str = "latency"
 ) -> dict[str, Quartiles]:
-    """Time one forward of each model in turn, `rounds` times, as `turns_ms` does."""
+    """Quartiles of what `interleaved` measures."""
+    times = interleaved(models, batch, rounds, label)
+    return {name: quartiles(found) for name, found in times.items()}
+
+
+def interleaved(
+    models: dict[str, nn.Module], batch: Batch, rounds: int, label: str = "latency"
+) -> dict[str, list[float]]:
+    """Milliseconds of one forward of each model in turn, `rounds` times, as `rounds_ms` takes."""
     inputs = {name: to_device(batch, model.eval()) for name, model in models.items()}
 
     def timed(name: str) -> float:
@@ -40,12 +48,20 @@ def interleaved_ms(
         return 1000 * (time.perf_counter() - start)
 
     with torch.no_grad():
-        return turns_ms({name: partial(timed, name) for name in models}, rounds, label)
+        return rounds_ms({name: partial(timed, name) for name in models}, rounds, label)
 
 
 def turns_ms(
     turns: Mapping[str, Callable[[], float]], rounds: int, label: str, warmup_rounds: int = 3
 ) -> dict[str, Quartiles]:
+    """Quartiles of what `rounds_ms` measures."""
+    times = rounds_ms(turns, rounds, label, warmup_rounds)
+    return {name: quartiles(found) for name, found in times.items()}
+
+
+def rounds_ms(
+    turns: Mapping[str, Callable[[], float]], rounds: int, label: str, warmup_rounds: int = 3
+) -> dict[str, list[float]]:
     """Give each its turn, `rounds` times; a turn returns the milliseconds that count.
 
     Taking turns gives each the same share of whatever else the machine does. The order within a
@@ -57,7 +73,12 @@ def turns_ms(
             milliseconds = turns[name]()
             if number >= 0:
                 times[name].append(milliseconds)
-    return {name: Quartiles(*statistics.quantiles(times[name], n=4)) for name in turns}
+    return times
+
+
+def quartiles(values: Sequence[float]) -> Quartiles:
+    """Of at least two values."""
+    return Quartiles(*statistics.quantiles(values, n=4))
 
 
 def synchronize() -> None:

@@ -17,13 +17,16 @@ NAMES = {"torch_pruning": "torch-pruning", "torch_ao": "torch.ao.pruning"}
 
 
 def latency(results: list[dict[str, Any]]) -> str:
-    """One row a converted model, then what the columns are and what it was measured on."""
+    """A table for each processor."""
     found = [result for result in results if result["benchmark"] == "hybrid_latency"]
-    if not found:
-        return "No result file yet."
-    rows = [latency_row(case, row) for case in found[0]["cases"] for row in case["converted"]]
+    return "\n\n".join(map(latency_of, found)) or "No result file yet."
+
+
+def latency_of(result: dict[str, Any]) -> str:
+    """One row a converted model, then what the columns are and what it was measured on."""
+    rows = [latency_row(case, row) for case in result["cases"] for row in case["converted"]]
     text = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
-    environment, settings = found[0]["environment"], found[0]["settings"]
+    environment, settings = result["environment"], result["settings"]
     shape = settings["shape"]
     machine = (
         f"{shape['layers']} layers of width {shape['hidden']}, {shape['heads']} heads, FFN "

@@ -5,7 +5,7 @@
 
 A cell is a shape, a number of tokens a step, and eager or `torch.compile`. In each, every case is
 built with random weights and AdamW (fused): first alone, for its peak memory, then in turns with
-the dense step and a few others, for its time, over that of the dense step in the same turns. The
+the dense step and a few others, for its time, over that of the dense step in the same round. The
 naive module sorts its scores in every forward. With `--alone`, the exact threshold alone, and the
 evaluation of a prepared model. With a CUDA device the same runs there. Cells that are in the result
 file already are replaced, all others stay in it.
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import results_file
-from benchmarks.measure import interleaved_ms, synchronize, turns_ms
+from benchmarks.measure import interleaved, quartiles, rounds_ms, synchronize
 from benchmarks.training_cases import (
     ALL,
     COMPILED,
@@ -71,12 +71,13 @@ def measure_cell(
         steps: dict[str, Step] = {
             name: make[name]() for name in (DENSE.name, *others[start : start + GROUP])
         }
-        times = turns_ms(steps, rounds, f"{shape.name}, {tokens} tokens", warmup_rounds=2)
-        dense = times[DENSE.name].median
+        times = rounds_ms(steps, rounds, f"{shape.name}, {tokens} tokens", warmup_rounds=2)
+        dense = times[DENSE.name]
         for name in list(steps)[1 if start else 0 :]:
-            row: dict[str, Any] = {"case": name, "ms": asdict(times[name])}
-            row["dense_ms"] = dense
-            row["time_over_dense"] = round(times[name].median / dense, 3)
+            row: dict[str, Any] = {"case": name, "ms": asdict(quartiles(times[name]))}
+            ratios = quartiles([ms / base for ms, base in zip(times[name], dense, strict=True)])
+            row["time_over_dense"] = round(ratios.median, 3)
+            row["time_over_dense_quartiles"] = [round(ratios.q1, 3), round(ratios.q3, 3)]
             if peaks:
                 row["peak_bytes"] = peaks[name]
                 extra = (peaks[name] - peaks[DENSE.name]) / shape.prunable
@@ -146,13 +147,15 @@ def measure_evaluation(
     steps = {case.name: make_step(case, shape, tokens, device) for case in (DENSE, MOVEMENT)}
     batch = {k: v for k, v in steps[DENSE.name].batch.items() if k != "labels"}
     models = {name: step.model.eval() for name, step in steps.items()}
-    times = interleaved_ms(models, batch, rounds, "evaluation")
-    ratio = times[MOVEMENT.name].median / times[DENSE.name].median
+    times = interleaved(models, batch, rounds, "evaluation")
+    pairs = zip(times[MOVEMENT.name], times[DENSE.name], strict=True)
+    ratios = quartiles([ours / dense for ours, dense in pairs])
     return {
         "shape": shape.name,
         "tokens": tokens,
-        "ms": {name: asdict(t) for name, t in times.items()},
-        "time_over_dense": round(ratio, 3),
+        "ms": {name: asdict(quartiles(t)) for name, t in times.items()},
+        "time_over_dense": round(ratios.median, 3),
+        "time_over_dense_quartiles": [round(ratios.q1, 3), round(ratios.q3, 3)],
     }
 
 

@@ -48,10 +48,11 @@ def notes(result: dict[str, Any]) -> list[str]:
     where = environment["device"] if environment["device"] != "cpu" else environment["processor"]
     sequences, optimizer = settings["sequences"], settings["optimizer"]
     texts = [
-        "Time of a step over that of the dense one, and peak memory beyond the dense step's, of "
-        f"all tensors alive at once. {sequences} sequences a step, {optimizer}, random weights, "
-        f"density {settings['density']:.0%} and falling; {environment['threads']} thread(s) of "
-        f"{where}, torch {environment['torch']}, medians of interleaved steps."
+        "Time of a step over that of the dense one, taken in turns, and peak memory beyond the "
+        f"dense step's, of all tensors alive at once. {sequences} sequences a step, {optimizer}, "
+        f"random weights, density {settings['density']:.0%} and falling; "
+        f"{environment['threads']} thread(s) of {where}, torch {environment['torch']}, medians of "
+        "ratios in one round."
     ]
     alone = result.get("threshold")
     if alone is not None:
