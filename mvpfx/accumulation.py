@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer
 
 from mvpfx.distributed import is_sharded
 from mvpfx.straight_through import both_gradients
+from mvpfx.training_kernels import library
 
 if TYPE_CHECKING:
     from mvpfx.mask import Mask
@@ -103,6 +105,8 @@ def accumulate(masks: Sequence[Mask], optimizer: Optimizer) -> None:
             )
     for mask, members in held:
         scores = mask.require_scores()
+        if _in_one_pass(mask, members, float(rates.get(id(scores), 0.0))):
+            continue
         changes = [_taken(member, kept).view_as(scores) for member, kept in members]
         if not changes:
             continue
@@ -111,6 +115,19 @@ def accumulate(masks: Sequence[Mask], optimizer: Optimizer) -> None:
             scores.add_(change.abs(), alpha=float(rates[id(scores)]))
         else:
             scores.sub_(change, alpha=float(rates[id(scores)]))
+
+
+def _in_one_pass(mask: Mask, members: Sequence[tuple[Mask, Tensor | None]], rate: float) -> bool:
+    """Whether the native library did all of it: for single weights that nobody shares."""
+    if len(members) != 1 or mask.measuring or not mask.granularity.is_element:
+        return False
+    ((member, kept),), scores = members, mask.require_scores()
+    gradient, weight = member.weight.grad, member.weight
+    if gradient is None or kept is None or not library.serves(gradient, weight, kept, scores):
+        return False
+    library.take_movement(gradient, weight, kept, scores, rate)
+    increment_version([gradient, scores])
+    return True
 
 
 def _has_gradient(mask: Mask) -> bool:

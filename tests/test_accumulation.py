@@ -56,7 +56,7 @@ def train(
 
 @pytest.mark.parametrize("scope", ["local", "global"])
 @pytest.mark.parametrize("units", UNITS, ids=str)
-def test_it_is_gradient_descent_on_scores(units: object, scope: str) -> None:
+def test_it_is_gradient_descent_on_scores(units: object, scope: str, way: str) -> None:
     model = prepared(granularity=units, scope=scope)
     twin = prepared(False, granularity=units, scope=scope)
     found, wanted = train(model), train(twin)
@@ -64,6 +64,24 @@ def test_it_is_gradient_descent_on_scores(units: object, scope: str) -> None:
     assert not found[-1].all(), "something was pruned"
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_scores_and_gradients_are_written_where_they_are(way: str) -> None:
+    model = prepared()
+    scheduler = mvpfx.SparsityScheduler(model, STEPS)
+    taken = torch.optim.SGD(parameter_groups(model, lr=0.05, score_lr=3.0))
+    scheduler.step()
+    model(values(4, 32)).sum().backward()
+    (mask, *_) = masks_of(model)
+    weight, scores = mask.weight, mask.require_scores()
+    kept, whole, before = mask.mask().clone(), weight.grad, scores.detach().clone()
+    assert whole is not None and not kept.all()
+    gradient, old = whole.clone(), weight.detach().clone()
+    version = scores._version
+    taken.step()
+    assert weight.grad is not None and torch.equal(weight.grad, gradient * kept)
+    torch.testing.assert_close(scores.detach(), before - 3.0 * gradient * old)
+    assert scores._version > version, "masks see it"
 
 
 def test_scores_have_no_gradient_and_no_state() -> None:

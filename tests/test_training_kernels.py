@@ -32,6 +32,11 @@ def test_elementwise(size: int) -> None:
     masked, movement = library.gradients(grad, weight, mask)
     assert torch.equal(masked, grad * mask)
     assert torch.equal(movement, grad * weight)
+    scores, taken = values(size, seed=3), grad.clone()
+    wanted = scores - 0.7 * grad * weight
+    library.take_movement(taken, weight, mask, scores, 0.7)
+    assert torch.equal(taken, grad * mask)
+    torch.testing.assert_close(scores, wanted)
     assert torch.equal(library.at_least(weight, 0.3), weight >= torch.tensor(0.3))
 
 

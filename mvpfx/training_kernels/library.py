@@ -20,6 +20,7 @@ from mvpfx.torch_private import dispatch_modes_active
 _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "mvpfx_mask": (None, (c_void_p, c_void_p, c_void_p, c_int64, c_int)),
     "mvpfx_mask_gradients": (None, (*[c_void_p] * 5, c_int64, c_int)),
+    "mvpfx_take_movement": (None, (*[c_void_p] * 4, c_float, c_int64, c_int)),
     "mvpfx_block_gradients": (None, (*[c_void_p] * 5, *[c_int64] * 4, c_int)),
     "mvpfx_top": (c_int, (c_void_p, c_int64, c_int64, c_void_p)),
     "mvpfx_at_least": (None, (c_void_p, c_float, c_void_p, c_int64, c_int)),
@@ -64,6 +65,14 @@ def gradients(gradient: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tensor, T
     pointers = [each.data_ptr() for each in (gradient, weight, mask, masked, movement)]
     _library().mvpfx_mask_gradients(*pointers, gradient.numel(), torch.get_num_threads())
     return masked, movement
+
+
+def take_movement(
+    gradient: Tensor, weight: Tensor, mask: Tensor, scores: Tensor, rate: float
+) -> None:
+    """`scores -= rate * gradient * weight`; `gradient *= mask`; float32, in place, one pass."""
+    pointers = [each.data_ptr() for each in (gradient, weight, mask, scores)]
+    _library().mvpfx_take_movement(*pointers, rate, gradient.numel(), torch.get_num_threads())
 
 
 def block_gradients(
@@ -135,6 +144,6 @@ def _library() -> ctypes.CDLL:
     return LIBRARY
 
 
-INTERFACE = Interface(_FUNCTIONS, "mvpfx_training_version", version=2)
+INTERFACE = Interface(_FUNCTIONS, "mvpfx_training_version", version=3)
 LIBRARY = INTERFACE.find(Path(__file__).parent)
 """The library; None where it was not built or cannot be loaded."""

@@ -59,6 +59,15 @@ CLONED void multiply_and_add(const float* __restrict gradient, const float* __re
   }
 }
 
+CLONED void take_movement(float* __restrict gradient, const float* __restrict weight,
+                          const uint8_t* __restrict mask, float* __restrict scores, float rate,
+                          int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    scores[i] -= rate * (gradient[i] * weight[i]);
+    gradient[i] *= static_cast<float>(mask[i]);
+  }
+}
+
 CLONED double sum(const float* values, int64_t count) {
   constexpr int64_t kLanes = 16;
   float lanes[kLanes] = {};
@@ -154,7 +163,7 @@ bool split(const float* values, int64_t count, float low, float high, Found& fou
 }  // namespace
 
 // The version of this interface.
-EXPORT int mvpfx_training_version() { return 2; }
+EXPORT int mvpfx_training_version() { return 3; }
 
 // out = a * mask.
 EXPORT void mvpfx_mask(const float* a, const uint8_t* mask, float* out, int64_t count,
@@ -172,6 +181,15 @@ EXPORT void mvpfx_mask_gradients(const float* gradient, const float* weight, con
     const int64_t at = chunk * kChunk;
     multiply_both(gradient + at, weight + at, mask + at, masked + at, movement + at,
                   length(chunk, count));
+  });
+}
+
+// scores -= rate * gradient * weight, then gradient *= mask.
+EXPORT void mvpfx_take_movement(float* gradient, const float* weight, const uint8_t* mask,
+                                float* scores, float rate, int64_t count, int threads) {
+  parallel(chunks(count), threads, [&](int64_t chunk) {
+    const int64_t at = chunk * kChunk;
+    take_movement(gradient + at, weight + at, mask + at, scores + at, rate, length(chunk, count));
   });
 }
 
