@@ -45,7 +45,8 @@ def column(cell: dict[str, Any]) -> str:
 def notes(result: dict[str, Any]) -> list[str]:
     """What the figures are, and those of what was measured alone."""
     environment, settings = result["environment"], result["settings"]
-    where = environment["device"] if environment["device"] != "cpu" else environment["processor"]
+    cpu = f"{environment['processor']} ({environment['instructions']})"
+    where = environment["device"] if environment["device"] != "cpu" else cpu
     sequences, optimizer = settings["sequences"], settings["optimizer"]
     texts = [
         "Time of a step over that of the dense one, taken in turns, and peak memory beyond the "
