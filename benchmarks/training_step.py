@@ -64,7 +64,7 @@ def measure_cell(
     for name, one in make.items():
         if not compiled:  # Inductor's own allocations, as it compiles, are not those of a step
             peaks[name] = peak_bytes(one, device)
-            gc.collect()
+    gc.collect()
     rows: list[dict[str, Any]] = []
     others = [name for name in make if name != DENSE.name]
     for start in range(0, len(others), GROUP):
@@ -75,9 +75,7 @@ def measure_cell(
         dense = times[DENSE.name]
         for name in list(steps)[1 if start else 0 :]:
             row: dict[str, Any] = {"case": name, "ms": asdict(quartiles(times[name]))}
-            ratios = quartiles([ms / base for ms, base in zip(times[name], dense, strict=True)])
-            row["time_over_dense"] = round(ratios.median, 3)
-            row["time_over_dense_quartiles"] = [round(ratios.q1, 3), round(ratios.q3, 3)]
+            row |= over_dense(times[name], dense)
             if peaks:
                 row["peak_bytes"] = peaks[name]
                 extra = (peaks[name] - peaks[DENSE.name]) / shape.prunable
@@ -92,6 +90,15 @@ def measure_cell(
         "mode": "compiled" if compiled else "eager",
         "rounds": rounds,
         "rows": rows,
+    }
+
+
+def over_dense(times: Sequence[float], dense: Sequence[float]) -> dict[str, Any]:
+    """Quartiles of times over the dense ones of the same rounds."""
+    ratios = quartiles([ms / base for ms, base in zip(times, dense, strict=True)])
+    return {
+        "time_over_dense": round(ratios.median, 3),
+        "time_over_dense_quartiles": [round(ratios.q1, 3), round(ratios.q3, 3)],
     }
 
 
@@ -148,14 +155,11 @@ def measure_evaluation(
     batch = {k: v for k, v in steps[DENSE.name].batch.items() if k != "labels"}
     models = {name: step.model.eval() for name, step in steps.items()}
     times = interleaved(models, batch, rounds, "evaluation")
-    pairs = zip(times[MOVEMENT.name], times[DENSE.name], strict=True)
-    ratios = quartiles([ours / dense for ours, dense in pairs])
     return {
         "shape": shape.name,
         "tokens": tokens,
         "ms": {name: asdict(quartiles(t)) for name, t in times.items()},
-        "time_over_dense": round(ratios.median, 3),
-        "time_over_dense_quartiles": [round(ratios.q1, 3), round(ratios.q3, 3)],
+        **over_dense(times[MOVEMENT.name], times[DENSE.name]),
     }
 
 

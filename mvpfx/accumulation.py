@@ -104,17 +104,18 @@ def accumulate(masks: Sequence[Mask], optimizer: Optimizer) -> None:
                 "torch.optim.AdamW(mvpfx.parameter_groups(model, lr=...))."
             )
     for mask, members in held:
+        if not members:
+            continue
         scores = mask.require_scores()
-        if _in_one_pass(mask, members, float(rates.get(id(scores), 0.0))):
+        rate = float(rates[id(scores)])
+        if _in_one_pass(mask, members, rate):
             continue
         changes = [_taken(member, kept).view_as(scores) for member, kept in members]
-        if not changes:
-            continue
         change = torch.stack(changes).sum(0) if len(changes) > 1 else changes[0]
         if mask.measuring:
-            scores.add_(change.abs(), alpha=float(rates[id(scores)]))
+            scores.add_(change.abs(), alpha=rate)
         else:
-            scores.sub_(change, alpha=float(rates[id(scores)]))
+            scores.sub_(change, alpha=rate)
 
 
 def _in_one_pass(mask: Mask, members: Sequence[tuple[Mask, Tensor | None]], rate: float) -> bool:

@@ -17,7 +17,7 @@ from tests.citizens import MODELS, STORAGES, citizen
 from tests.models import Batch, output
 
 pytestmark = pytest.mark.every_model
-every_model = pytest.mark.parametrize("name", MODELS)
+models = pytest.mark.parametrize("name", MODELS)
 every_storage = pytest.mark.parametrize("lowering", STORAGES)
 ONNX = [
     ("bert", "csr"),
@@ -40,7 +40,7 @@ def logits(model: Any, batch: Batch) -> Tensor:
     return output(model(**batch))
 
 
-@every_model
+@models
 @every_storage
 def test_torch_export(name: str, lowering: str) -> None:
     _, small, batch = citizen(name, lowering)
@@ -89,7 +89,7 @@ def compiled(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
 
 
 @pytest.mark.slow
-@every_model
+@models
 @every_storage
 def test_torch_compile_breaks_no_graph_more(name: str, lowering: str) -> None:
     model, small, batch = citizen(name, lowering)

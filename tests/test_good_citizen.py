@@ -17,7 +17,7 @@ from tests.toy_masks import raises
 
 pytestmark = pytest.mark.every_model
 DTYPES = {torch.float64: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-every_model = pytest.mark.parametrize("name", MODELS)
+models = pytest.mark.parametrize("name", MODELS)
 every_storage = pytest.mark.parametrize("lowering", STORAGES)
 
 
@@ -33,7 +33,7 @@ def unstored(layer: SparseLinear) -> Tensor:
     return blocks.repeat_interleave(block, 0).repeat_interleave(block, 1)
 
 
-@every_model
+@models
 @every_storage
 def test_the_citizens_are_small_and_sparse(name: str, lowering: str) -> None:
     model, small, batch = citizen(name, lowering)
@@ -43,7 +43,7 @@ def test_the_citizens_are_small_and_sparse(name: str, lowering: str) -> None:
     assert bool(sparse_layers(small)) == (lowering != "dense")
 
 
-@every_model
+@models
 @every_storage
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_other_dtypes(name: str, lowering: str, dtype: torch.dtype) -> None:
@@ -56,7 +56,7 @@ def test_other_dtypes(name: str, lowering: str, dtype: torch.dtype) -> None:
     assert (found - wanted).abs().max() <= DTYPES[dtype] * max(1.0, float(wanted.abs().max()))
 
 
-@every_model
+@models
 @every_storage
 def test_copies_and_state_dicts(name: str, lowering: str) -> None:
     _, small, batch = citizen(name, lowering)
@@ -83,7 +83,7 @@ def test_generation_with_a_cache(name: str, lowering: str) -> None:
     assert torch.equal(found, wanted) and found.shape[1] == ids.shape[1] + 6
 
 
-@every_model
+@models
 @every_storage
 def test_fine_tuning_reaches_all_that_is_left(name: str, lowering: str) -> None:
     _, small, batch = citizen(name, lowering)
