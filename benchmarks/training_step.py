@@ -8,12 +8,15 @@ built with random weights and AdamW (fused): first alone, for its peak memory, t
 the dense step and a few others, for its time, over that of the dense step in the same round. The
 naive module sorts its scores in every forward. With `--alone`, the exact threshold alone, and the
 evaluation of a prepared model. With a CUDA device the same runs there. Cells that are in the result
-file already are replaced, all others stay in it.
+file already are replaced, all others stay in it. With `--keep-memory`, freed memory stays with the
+process in all cases, the dense one too, where the C library is glibc: as with
+`MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TOP_PAD_=134217728`.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import itertools
 import json
@@ -36,6 +39,7 @@ from benchmarks.training_cases import (
     DENSITY,
     MAIN,
     MOVEMENT,
+    OURS,
     SHAPES,
     Case,
     Shape,
@@ -49,10 +53,12 @@ from mvpfx.selection import find_cut
 from mvpfx.top_v import top_v
 
 RESULT = results_file.FOLDER / "training_step.json"
-SETS = {"main": MAIN, "all": ALL}
+SETS = {"ours": OURS, "main": MAIN, "all": ALL}
 SCORES = 85_000_000
 GROUP = 5
 """Cases that take turns with one dense step: so few that a machine stays what it is in a round."""
+KEPT = {-1: 2**31 - 1, -2: 2**27, -3: 2**25}
+"""glibc's M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD, in bytes, with `--keep-memory`."""
 
 
 def measure_cell(
@@ -91,6 +97,17 @@ def measure_cell(
         "rounds": rounds,
         "rows": rows,
     }
+
+
+def keep_memory() -> None:
+    """Have the C library keep what is freed, for the rest of the process.
+
+    Raises:
+        RuntimeError: it is not glibc, or refuses.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or not all(mallopt(*each) for each in KEPT.items()):
+        raise RuntimeError("--keep-memory sets glibc's mallopt, which is not there or refuses")
 
 
 def over_dense(times: Sequence[float], dense: Sequence[float]) -> dict[str, Any]:
@@ -168,7 +185,7 @@ def merged(path: Path, new: dict[str, Any]) -> dict[str, Any]:
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def key(cell: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(cell[name] for name in ("shape", "tokens", "mode") if name in cell)
+        return tuple(cell.get(name) for name in ("shape", "tokens", "mode", "memory_kept"))
 
     for part in ("cells", "evaluation"):
         cells = {key(cell): cell for cell in [*old.get(part, []), *new[part]]}
@@ -187,12 +204,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mode", choices=["eager", "compiled"], action="append")
     parser.add_argument("--cases", choices=[*SETS], default="all")
     parser.add_argument("--alone", action="store_true", help="threshold and evaluation only")
+    parser.add_argument("--keep-memory", action="store_true", help="freed memory is not returned")
     parser.add_argument("--rounds", type=int, default=11, help="timed rounds (default: 11)")
     parser.add_argument("--scores", type=int, default=SCORES, help="in the threshold alone")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    if options.keep_memory:
+        keep_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shapes = [SHAPES[name] for name in options.shape or SHAPES]
     result: dict[str, Any] = {
@@ -210,6 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
     for shape, tokens, mode in () if options.alone else chosen:
         cases = COMPILED if mode == "compiled" else SETS[options.cases]
         cell = measure_cell(shape, tokens, mode == "compiled", cases, options.rounds, device)
+        cell["memory_kept"] = options.keep_memory
         result["cells"].append(cell)
         results_file.write(options.output, merged(options.output, {**result}))
         torch.compiler.reset()

@@ -39,7 +39,10 @@ def column(cell: dict[str, Any]) -> str:
     """The heading of a cell's times, with those of the dense step."""
     dense = cell["rows"][0]["ms"]["median"]
     compiled = ", compiled" if cell["mode"] == "compiled" else ""
-    return f"{cell['shape']}, {cell['tokens']:,} tokens{compiled} (dense: {dense / 1000:.2f} s)"
+    kept = ", memory kept" if cell["memory_kept"] else ""
+    return (
+        f"{cell['shape']}, {cell['tokens']:,} tokens{compiled}{kept} (dense: {dense / 1000:.2f} s)"
+    )
 
 
 def notes(result: dict[str, Any]) -> list[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +110,24 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| movement, accumulate " in text
     assert "The exact threshold of 0 M scores" in text
     assert training_step_table.table([]) == "No result file yet."
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
+@pytest.mark.parametrize("kept", [False, True])
+def test_kept_memory_stays_with_the_process(kept: bool) -> None:
+    count, megabyte = 40, 2**20
+    code = f"""
+import os
+import torch
+from benchmarks import training_step
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+if {kept}:
+    training_step.keep_memory()
+before = resident()
+held = [torch.ones({4 * megabyte} // 4) for _ in range({count})]
+del held
+print(resident() - before)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (int(run.stdout) > count * 3 * megabyte) == kept

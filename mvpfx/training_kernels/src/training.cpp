@@ -15,6 +15,10 @@
 #define HAVE_X86
 #endif
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #if defined(_WIN32)
 #define EXPORT extern "C" __declspec(dllexport)
 #else
@@ -34,6 +38,20 @@ constexpr int64_t kChunk = 1 << 15;  // values a thread takes at a time
 int64_t chunks(int64_t count) { return (count + kChunk - 1) / kChunk; }
 
 int64_t length(int64_t chunk, int64_t count) { return std::min(kChunk, count - chunk * kChunk); }
+
+// Asks for large pages under values about to be written for the first time: the gradients of scores
+// are memory that the process did not have before, and a fault for each small page took as long as
+// the pass that writes them. What they hold stays; where there are none, nothing happens.
+void in_large_pages(float* values, int64_t count) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 1 << 21;
+  const uintptr_t start = (reinterpret_cast<uintptr_t>(values) + kPage - 1) & ~(kPage - 1);
+  const uintptr_t end = reinterpret_cast<uintptr_t>(values + count) & ~(kPage - 1);
+  if (start < end) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
+#else
+  static_cast<void>(values), static_cast<void>(count);
+#endif
+}
 
 CLONED void multiply(const float* __restrict a, const uint8_t* __restrict mask,
                      float* __restrict out, int64_t count) {
@@ -177,6 +195,8 @@ EXPORT void mvpfx_mask(const float* a, const uint8_t* mask, float* out, int64_t 
 // masked = gradient * mask and movement = gradient * weight.
 EXPORT void mvpfx_mask_gradients(const float* gradient, const float* weight, const uint8_t* mask,
                                  float* masked, float* movement, int64_t count, int threads) {
+  in_large_pages(masked, count);
+  in_large_pages(movement, count);
   parallel(chunks(count), threads, [&](int64_t chunk) {
     const int64_t at = chunk * kChunk;
     multiply_both(gradient + at, weight + at, mask + at, masked + at, movement + at,
@@ -200,6 +220,7 @@ EXPORT void mvpfx_block_gradients(const float* gradient, const float* weight, co
                                   int64_t across, int64_t width, int threads) {
   constexpr int64_t kRows = 64;  // added up in float, then in double
   const int64_t columns = across * width;
+  in_large_pages(masked, units * height * columns);
   parallel(units, threads, [&](int64_t unit) {
     std::vector<float> movement(columns);
     std::vector<double> totals(across);
