@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -12,15 +13,20 @@ torch.set_num_threads(1)
 FEW_MODELS = {"BERT", "Llama", "bert", "convolutions", "nn.TransformerEncoder", "tied weights"}
 """What stands for all where a test marked `every_model` repeats over the argument `name`."""
 
+LONGEST = "test_random_graphs.py"
+"""One test of it takes longer than many files; begun last, all other workers would wait for it."""
+
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of all other models are slow ones."""
+    """Tests of all other models are slow ones; files of many tests begin first."""
     for item in items:
         arguments = getattr(item, "callspec", None)
         name = arguments.params.get("name") if arguments is not None else None
         if name is not None and item.get_closest_marker("every_model") and name not in FEW_MODELS:
             item.add_marker(pytest.mark.slow)
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name != LONGEST, -sizes[item.path], item.path))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
