@@ -210,6 +210,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
+    if options.alone and options.keep_memory:
+        parser.error("--keep-memory is for training steps; --alone measures none")
     torch.set_num_threads(options.threads)
     if options.keep_memory:
         keep_memory()

@@ -112,6 +112,13 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert training_step_table.table([]) == "No result file yet."
 
 
+def test_kept_memory_is_no_setting_of_what_is_measured_alone(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    with pytest.raises(SystemExit):
+        training_step.main(["--alone", "--keep-memory", "--output", str(path)])
+    assert not path.exists()
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
 @pytest.mark.parametrize("kept", [False, True])
 def test_kept_memory_stays_with_the_process(kept: bool) -> None:

@@ -39,9 +39,9 @@ int64_t chunks(int64_t count) { return (count + kChunk - 1) / kChunk; }
 
 int64_t length(int64_t chunk, int64_t count) { return std::min(kChunk, count - chunk * kChunk); }
 
-// Asks for large pages under values about to be written for the first time: the gradients of scores
-// are memory that the process did not have before, and a fault for each small page took as long as
-// the pass that writes them. What they hold stays; where there are none, nothing happens.
+// Asks for large pages under gradients about to be written: their memory went back to the system
+// after the last step, and a fault for each small page took as long as the pass that writes them.
+// Values there stay what they are; where the system has no large pages, nothing happens.
 void in_large_pages(float* values, int64_t count) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 1 << 21;
