@@ -130,7 +130,8 @@ class Criterion(ABC):
         adds_up = mask.accumulates
         scores = mask.learned_scores() if self.stored == "parameter" and not adds_up else None
         whole = adds_up and mask.watcher is not None
-        return apply_mask(weight, scores, mask.factor(weight), mask.layout, whole)
+        done = None if whole else mask.pack
+        return apply_mask(weight, scores, mask.factor(weight), mask.layout, whole, done)
 
     def repeats(self, mask: Mask) -> bool:
         """Whether `apply` gives the same again while scores, weight and targets are the same."""

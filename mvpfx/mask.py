@@ -12,6 +12,7 @@ from mvpfx.checks import check_finite, check_scores_dtype, check_weight
 from mvpfx.criteria import find
 from mvpfx.criterion import Criterion
 from mvpfx.distributed import is_sharded, version
+from mvpfx.held_mask import HeldMask
 from mvpfx.interception import is_running
 from mvpfx.late_nan import LateNan
 from mvpfx.mask_operator import traced_mask
@@ -64,7 +65,6 @@ class Mask(MaskState):
         for follower in self.followers:
             follower.__dict__["leader"] = self  # which belongs to a module of its own
         self.accumulates = self.criterion.accumulates(self)
-        self._cache: tuple[Hashable, Tensor, Tensor] | None = None
         self._late = LateNan()
         self.plan = None
         self.make_scores()
@@ -230,7 +230,7 @@ class Mask(MaskState):
         shards of FSDP by other than an optimizer or `load_state_dict`.
         """
         for mask in (self, *self.followers):
-            mask._cache = None
+            mask.held_mask = None
             mask.held.release()
         self.ranking.forget()
 
@@ -242,7 +242,8 @@ class Mask(MaskState):
     def _current(self) -> tuple[Tensor, Tensor]:
         """Units and weights that stay, from the cache where nothing has changed."""
         key = self.ranking.state()
-        if self._cache is None or self._cache[0] is not key:
+        held = self.held_mask
+        if held is None or held.key is not key:
             with nothing_recorded():
                 stored = self.stored()
                 if stored is not None and not self._is_ranked:
@@ -251,8 +252,12 @@ class Mask(MaskState):
                 mask = self.expand(kept)
             if self.shard is not None:
                 return kept, mask  # a rank that kept all masks would hold a byte for each weight
-            self._cache = (key, kept, mask)
-        return self._cache[1], self._cache[2]
+            self.held_mask = HeldMask(key, kept, mask)
+            return kept, mask
+        if held.decision is None:
+            with nothing_recorded():
+                return held.unpack(self.expand)
+        return held.decision
 
     @property
     def _is_ranked(self) -> bool:
@@ -286,7 +291,7 @@ class Mask(MaskState):
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_cache": None, "_late": LateNan()}
+        return {**super().__getstate__(), "_late": LateNan()}
 
     def extra_repr(self) -> str:
         """Site, criterion and target, as `print(model)` shows them."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mvpfx.distributed import gathered, is_sharded
 from mvpfx.granularity import Granularity, from_matrix, matrix_shape, to_matrix
+from mvpfx.held_mask import HeldMask
 from mvpfx.held_product import HeldProduct
 from mvpfx.mask_operator import register_source
 from mvpfx.schedule import Rewind, Schedule
@@ -47,6 +48,7 @@ class MaskState(nn.Module):
         followers: masks of other weights, whose units of the same channels these scores decide on.
         scores: float32 `[r, c]` whatever the dtype of the weight; None where not stored.
         held: the masked weight between forwards without gradients.
+        held_mask: what stays, once decided; None until then.
         layout: of the weight, with the units of the scores.
         handle: by which compiled graphs find this very mask.
         watcher: number of who takes whole gradients of the weight apart, for scores and weight,
@@ -76,6 +78,7 @@ class MaskState(nn.Module):
         super().__init__()
         self.site, self.granularity = site, granularity
         self.held = HeldProduct()
+        self.held_mask: HeldMask | None = None
         self.layout = Layout(granularity, site.out_dim, site.parts)
         self.followers: tuple[MaskState, ...] = ()
         self.hold(weight)
@@ -148,6 +151,14 @@ class MaskState(nn.Module):
         if comparable and not self.granularity.is_element:
             self._expanded = (kept, mask)
         return mask
+
+    def pack(self) -> None:
+        """Hold which weights stay in a bit each until they are asked for: after a backward pass, of
+        single weights. What is frozen is held as it is anyway.
+        """
+        held = self.held_mask
+        if held is not None and self.granularity.is_element and not self.frozen:
+            held.pack()
 
     @property
     def units(self) -> int:
@@ -239,7 +250,8 @@ class MaskState(nn.Module):
         """All but what belongs to this very mask."""
         own = ("handle", "_last_stored", "_shard")
         kept = {key: value for key, value in self.__dict__.items() if key not in own}
-        return {**kept, "watcher": None, "_expanded": None, "held": HeldProduct()}
+        kept |= {"watcher": None, "_expanded": None, "held_mask": None}
+        return {**kept, "held": HeldProduct()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

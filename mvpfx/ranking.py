@@ -32,7 +32,7 @@ class Ranking:
         self._state: Hashable = None
         self._forward: int | None = None
         self._key: Hashable = None
-        self._kept: list[Tensor] = []
+        self._kept: list[Tensor | None] = []
         self._counts: list[int] = []
 
     def __getstate__(self) -> dict[str, object]:
@@ -60,21 +60,24 @@ class Ranking:
     def kept(self, mask: Mask) -> Tensor:
         """Which units of `mask` stay, bool `[r, c]`.
 
+        Given away: each mask holds its own. One that asks again has all of them ranked again.
+
         Raises:
             ValueError: if a member has NaN scores, or the members' densities differ.
         """
-        key = self.state()
-        if key is self._key and self._kept:
-            return self._kept[self._place(mask)]
+        key, place = self.state(), self._place(mask)
         if any(member.shard is not None for member in self.masks):
             importance = gathered(mask.criterion.importance(mask))
             if len(self.masks) == 1:
                 return self._top_alone(importance)
             if key is not self._key or not self._counts:
                 self._counts, self._key = self._kept_counts(), key
-            return top_v([importance], self._counts[self._place(mask)])[0]
-        self._kept, self._key = self._select(), key
-        return self._kept[self._place(mask)]
+            return top_v([importance], self._counts[place])[0]
+        if key is not self._key or not self._kept or self._kept[place] is None:
+            self._kept[:], self._key = self._select(), key
+        kept, self._kept[place] = self._kept[place], None
+        assert kept is not None, "just selected"
+        return kept
 
     def _place(self, mask: Mask) -> int:
         return next(i for i, member in enumerate(self.masks) if member is mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,8 +33,9 @@ class _MaskedWeight(torch.autograd.Function):
         mask: Tensor | None,
         layout: Layout,
         whole: bool,
+        done: Callable[[], None] | None,
     ) -> Tensor:
-        ctx.layout, ctx.whole = layout, whole
+        ctx.layout, ctx.whole, ctx.done = layout, whole, done
         ctx.save_for_backward(weight if ctx.needs_input_grad[1] else None, None if whole else mask)
         if mask is None:
             return weight.view_as(weight)
@@ -48,11 +50,13 @@ class _MaskedWeight(torch.autograd.Function):
         (grad,) = grads
         weight, mask = ctx.saved_tensors
         trains, learns = ctx.needs_input_grad[:2]
+        if ctx.done is not None:
+            ctx.done()
         if trains and learns:
-            return *both_gradients(grad, weight, mask, ctx.layout), None, None, None
+            return *both_gradients(grad, weight, mask, ctx.layout), None, None, None, None
         weight_grad = _masked(grad, mask) if trains else None
         score_grad = _movement(grad, weight, ctx.layout) if learns else None
-        return weight_grad, score_grad, None, None, None
+        return weight_grad, score_grad, None, None, None, None
 
 
 def both_gradients(
@@ -104,6 +108,7 @@ def apply_mask(
     mask: Tensor | None,
     layout: Layout,
     whole: bool = False,
+    done: Callable[[], None] | None = None,
 ) -> Tensor:
     """The masked weight, in shape and dtype of `weight`.
 
@@ -113,6 +118,7 @@ def apply_mask(
         mask: bool, of the weight's shape; True = kept. None keeps all of it.
         layout: how the weight is seen as a matrix, and what its units are.
         whole: whether the weight receives the whole gradient of the masked weight, not `dW' * M`.
+        done: called when the backward pass needs the mask no more; not where it is compiled.
     """
     compiling = torch.compiler.is_compiling()
     if not torch.is_grad_enabled():
@@ -123,7 +129,8 @@ def apply_mask(
         return _as_plain_operations(weight, scores, mask, layout, whole)
     if scores is None and compiling and mask is not None and not whole:
         return weight * mask
-    return _MaskedWeight.apply(weight, scores, mask, layout, whole)  # pyright: ignore[reportReturnType]
+    done = None if compiling else done
+    return _MaskedWeight.apply(weight, scores, mask, layout, whole, done)  # pyright: ignore[reportReturnType]
 
 
 def _as_plain_operations(

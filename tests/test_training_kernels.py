@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,24 @@ def test_elementwise(size: int) -> None:
     assert torch.equal(taken, grad * mask)
     torch.testing.assert_close(scores, wanted)
     assert torch.equal(library.at_least(weight, 0.3), weight >= torch.tensor(0.3))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_packing(size: int) -> None:
+    mask = values(size) > 0
+    bits = library.pack(mask)
+    assert bits.dtype == torch.uint8 and bits.numel() == -(-size // 8)
+    assert bits.tolist() == np.packbits(mask.numpy(), bitorder=sys.byteorder).tolist()
+    assert torch.equal(library.unpack(bits, mask.shape), mask)
+
+
+def test_what_is_packed() -> None:
+    mask = values(8, 8) > 0
+    assert library.packs(mask)
+    assert not library.packs(mask.t()), "has gaps"
+    assert not library.packs(values(8)), "is no mask"
+    with TorchDispatchMode():
+        assert not library.packs(mask), "is watched"
 
 
 @pytest.mark.parametrize("block", [(1, 1), (32, 32), (1, 96), (192, 1), (3, 5), (100, 7)], ids=str)

@@ -3,15 +3,10 @@
 #include <vector>
 
 #include "chain.h"
+#include "export.h"
 #include "packed.h"
 #include "parallel.h"
 #include "table.h"
-
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 namespace {
 

@@ -8,7 +8,9 @@
 #include <functional>
 #include <vector>
 
+#include "../../kernels/src/export.h"
 #include "../../kernels/src/parallel.h"
+#include "chunks.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -19,12 +21,6 @@
 #include <sys/mman.h>
 #endif
 
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
 #define CLONED __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -32,12 +28,6 @@
 #endif
 
 namespace {
-
-constexpr int64_t kChunk = 1 << 15;  // values a thread takes at a time
-
-int64_t chunks(int64_t count) { return (count + kChunk - 1) / kChunk; }
-
-int64_t length(int64_t chunk, int64_t count) { return std::min(kChunk, count - chunk * kChunk); }
 
 // Asks for large pages under gradients about to be written: their memory went back to the system
 // after the last step, and a fault for each small page took as long as the pass that writes them.
@@ -181,7 +171,7 @@ bool split(const float* values, int64_t count, float low, float high, Found& fou
 }  // namespace
 
 // The version of this interface.
-EXPORT int mvpfx_training_version() { return 3; }
+EXPORT int mvpfx_training_version() { return 4; }
 
 // out = a * mask.
 EXPORT void mvpfx_mask(const float* a, const uint8_t* mask, float* out, int64_t count,
