@@ -1,17 +1,22 @@
 """README's table of accuracy by criterion and density, made from `results/accuracy.jsonl`.
 
 Of several settings of a method (scope, learning rate of the scores) the one that is best on dev.tsv
-is shown, with its accuracy on test.tsv.
+is shown, with its accuracy on test.tsv: both are means over the runs of a setting, which differ in
+seed and precision.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from tabulate import tabulate
 
 from benchmarks import accuracy, presets
 from benchmarks.recipes.published import CRITERIA, TABLE_2
+from mvpfx import criteria
 
 BEGIN = "<!-- accuracy: made by python -m benchmarks.readme -->"
 END = "<!-- end of accuracy -->"
@@ -28,9 +33,54 @@ PUBLISHED = {
 """BERT-base at 10 % / 3 % of its weights: MNLI accuracy, SQuAD F1 and QQP accuracy on dev sets
 (Sanh et al. 2020, Table 2).
 """
-ALIKE = ("epochs", "batch_size", "lr", "warmup", "cooldown", "freeze", "precision")
+ALIKE = ("epochs", "batch_size", "lr", "warmup", "cooldown", "freeze")
 """What the runs of the table have in common."""
 _COLUMNS = ("MNLI", "SQuAD F1", "QQP")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All runs of one cell of the study, whatever their seed and precision.
+
+    Attributes:
+        cell: of one of them.
+        dev, test: accuracy of each.
+    """
+
+    cell: Mapping[str, Any]
+    dev: tuple[float, ...]
+    test: tuple[float, ...]
+
+    @property
+    def shown(self) -> str:
+        """Mean accuracy on the test set."""
+        return f"{fmean(self.test):.3f}"
+
+
+def settings_of(lines: Iterable[dict[str, Any]]) -> list[Setting]:
+    """Runs by setting: those that differ in seed and precision alone are together."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for line in lines:
+        cell = asdict(accuracy.Cell(**line["cell"]))  # older lines lack newer fields
+        cell |= {"seed": None, "precision": None}
+        cell["score_init"] = first_scores(cell["method"], cell["score_init"])
+        groups.setdefault(tuple(sorted(cell.items())), []).append(line)
+    return [
+        Setting(
+            group[0]["cell"],
+            tuple(line["dev"] for line in group),
+            tuple(line["test"] for line in group),
+        )
+        for group in groups.values()
+    ]
+
+
+def first_scores(method: str, score_init: str | None) -> str | None:
+    """What the first scores were where a run names none; None where none are learned."""
+    criterion = None if method == accuracy.DENSE else criteria.find(method)
+    if criterion is None or criterion.stored != "parameter":
+        return None
+    return score_init or criterion.score_inits[0]
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -39,12 +89,13 @@ def table(lines: list[dict[str, Any]]) -> str:
     plain = [line for line in lines if is_plain(line["cell"])]
     if not plain:
         return "No result file yet."
+    found = settings_of(lines)
     tasks = sorted({line["cell"]["task"] for line in plain})
     known = [name for name in PUBLISHED if any(line["cell"]["method"] == name for line in plain)]
     others = sorted({line["cell"]["method"] for line in plain} - set(PUBLISHED))
-    rows = [row(method, plain, tasks) for method in (*known, *others)]
+    rows = [row(method, found, tasks) for method in (*known, *others)]
     text = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
-    return f"{text}\n\n{settings(plain)}{otherwise(lines)}"
+    return f"{text}\n\n{about(plain)}{otherwise(found)}{repeated(found)}"
 
 
 def is_usual(cell: dict[str, Any]) -> bool:
@@ -58,56 +109,88 @@ def is_plain(cell: dict[str, Any]) -> bool:
     return cell["granularity"] == "element" and not cell["teacher"]
 
 
-def otherwise(lines: list[dict[str, Any]]) -> str:
+def otherwise(found: list[Setting]) -> str:
     """A table of the runs with a teacher or larger units, best on dev, beside dense ones."""
-    found: dict[tuple[str, ...], dict[str, Any]] = {}
-    for line in sorted((each for each in lines if not is_plain(each["cell"])), key=_dev):
-        cell = line["cell"]
-        unit = presets.WHAT[cell["granularity"]]
-        taught = ", distilled" if cell["teacher"] else ""
-        found[cell["task"], cell["method"], f"{cell['density']:.0%}", unit + taught] = line
     rows = [
-        [*key, f"{line['test']:.3f}", best(accuracy.DENSE, lines, key[0], 1.0)]
-        for key, line in sorted(found.items())
+        [*title(each.cell), each.shown, best(accuracy.DENSE, found, each.cell["task"], 1.0)]
+        for each in shown(found)
+        if not is_plain(each.cell)
     ]
-    headers = ["task", "criterion", "remaining", "what is pruned", "accuracy", "dense"]
+    headers = [*_TITLES, "accuracy", "dense"]
     if not rows:
         return ""
     return "\n\n" + tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-def _dev(line: dict[str, Any]) -> float:
-    return line["dev"]
+def repeated(found: list[Setting]) -> str:
+    """A table of the figures that are means: how many runs, and how far apart they are."""
+    rows = [
+        [*title(each.cell), len(each.test), each.shown, *map("{:.3f}".format, ends(each.test))]
+        for each in shown(found)
+        if len(each.test) > 1
+    ]
+    headers = [*_TITLES, "runs", "mean", "lowest", "highest"]
+    if not rows:
+        return ""
+    return "\n\n" + tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-def row(method: str, lines: list[dict[str, Any]], tasks: list[str]) -> dict[str, str]:
+def ends(values: tuple[float, ...]) -> tuple[float, float]:
+    """The least and the greatest."""
+    return min(values), max(values)
+
+
+_TITLES = ("task", "criterion", "remaining", "what is pruned")
+
+
+def title(cell: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which figure of the tables a run belongs to."""
+    unit = presets.WHAT[cell["granularity"]] if cell["method"] != accuracy.DENSE else "nothing"
+    taught = ", distilled" if cell["teacher"] else ""
+    return cell["task"], cell["method"], f"{cell['density']:.0%}", unit + taught
+
+
+def shown(found: list[Setting]) -> Iterator[Setting]:
+    """Of each figure of the tables the setting that is best on dev, in order of their titles."""
+    ordered = sorted(found, key=lambda each: (title(each.cell), fmean(each.dev)))
+    chosen = {title(each.cell): each for each in ordered}
+    yield from chosen.values()
+
+
+def row(method: str, found: list[Setting], tasks: list[str]) -> dict[str, str]:
     """One criterion: own accuracies, then published ones."""
-    found = {"criterion": method}
+    cells = {"criterion": method}
     for task in tasks:
         densities = (1.0,) if method == accuracy.DENSE else accuracy.DENSITIES
-        found[task] = " / ".join(best(method, lines, task, density) for density in densities)
+        cells[task] = " / ".join(best(method, found, task, density) for density in densities)
     published = PUBLISHED.get(method, ("", "", ""))
     headers = [f"{name}, BERT-base, published" for name in _COLUMNS]
-    return {**found, **dict(zip(headers, published, strict=True))}
+    return {**cells, **dict(zip(headers, published, strict=True))}
 
 
-def best(method: str, lines: list[dict[str, Any]], task: str, density: float) -> str:
-    """Test accuracy of the settings that are best on dev; "-" without a run."""
+def best(method: str, found: list[Setting], task: str, density: float) -> str:
+    """Test accuracy of the setting that is best on dev, single weights and no teacher; "-" without
+    a run.
+    """
     wanted = {"task": task, "method": method, "density": density}
-    found = [line for line in lines if wanted.items() <= line["cell"].items()]
-    return f"{max(found, key=lambda line: line['dev'])['test']:.3f}" if found else "-"
+    for each in shown([one for one in found if is_plain(one.cell)]):
+        if wanted.items() <= each.cell.items():
+            return each.shown
+    return "-"
 
 
-def settings(lines: list[dict[str, Any]]) -> str:
-    """What the runs have in common."""
+def about(lines: list[dict[str, Any]]) -> str:
+    """What the runs have in common, and what not."""
     first = lines[0]["cell"]
     seeds = sorted({line["cell"]["seed"] for line in lines})
+    precisions = " and ".join(sorted({line["cell"]["precision"] for line in lines}))
     shares = " / ".join(f"{density:.0%}" for density in accuracy.DENSITIES)
     return (
         f"Test accuracy at {shares} of the weights: MiniLM-L6, {first['epochs']} epochs of "
         f"batches of {first['batch_size']}, learning rate {first['lr']:g}, "
-        f"{first['precision']}, seeds {seeds}; of several scopes, first scores and score learning "
-        "rates the one that is best on the dev set. The last "
+        f"{precisions}, seeds {seeds}: of one run, or the mean of those in the last table; of "
+        "several scopes, first scores and score learning "
+        "rates the one that is best on the dev set, by its mean. The last "
         "columns are those of another, larger model on other tasks, at 10 % / 3 % (Sanh et al. "
         "2020, Table 2)."
     )

@@ -74,11 +74,13 @@ def test_what_to_run_has_to_be_said(folders: dict[str, Path]) -> None:
         run(folders, "--method", "dense")
 
 
-def test_the_table_shows_what_is_best_on_dev() -> None:
-    def line(method: str, density: float, dev: float, test: float, **cell: Any) -> dict[str, Any]:
-        made = accuracy.Cell("toy", method, density, **cell)
-        return {"cell": asdict(made), "dev": dev, "test": test}
+def line(method: str, density: float, dev: float, test: float, **cell: Any) -> dict[str, Any]:
+    """One line of a result file."""
+    made = accuracy.Cell("toy", method, density, **cell)
+    return {"cell": asdict(made), "dev": dev, "test": test}
 
+
+def test_the_table_shows_what_is_best_on_dev() -> None:
     lines = [
         line("dense", 1.0, 0.9, 0.88),
         line("movement", 0.10, 0.80, 0.85),
@@ -100,3 +102,28 @@ def test_the_table_shows_what_is_best_on_dev() -> None:
         ["toy", "movement", "10%", "single weights, distilled", "0.970", "0.880"],
         ["toy", "movement", "25%", "heads and FFN channels", "0.850", "0.880"],
     ]
+
+
+def test_runs_of_one_setting_count_as_their_mean() -> None:
+    lucky = line("movement", 0.05, 0.90, 0.70, scope="global")
+    lines = [
+        line("movement", 0.05, 0.80, 0.85, precision="bf16"),
+        line("movement", 0.05, 0.92, 0.86, precision="fp32", seed=1),
+        line("movement", 0.05, 0.90, 0.87, score_init="sensitivity", precision="fp32", seed=2),
+        lucky,
+        line("movement", 0.05, 0.60, 0.74, scope="global", seed=1),
+    ]
+    del lucky["cell"]["hidden_weight"]  # as in lines from before there was one
+    text = accuracy_table.table(lines)
+    assert "| movement    | - / 0.860 / - |" in text, "by mean dev, not by the best run"
+    assert "bf16 and fp32, seeds [0, 1, 2]" in text
+    last = [value.strip() for value in text.splitlines()[-1].split("|")[1:-1]]
+    assert last == ["toy", "movement", "5%", "single weights", "3", "0.860", "0.850", "0.870"]
+
+
+def test_first_scores_count_where_some_are_learned() -> None:
+    def runs(method: str) -> int:
+        named = [line(method, 0.05, 0.8, 0.8, score_init=init) for init in (None, "magnitude")]
+        return len(accuracy_table.settings_of(named))
+
+    assert runs("movement") == 2 and runs("magnitude") == 1 and runs("platon") == 1
