@@ -113,7 +113,8 @@ ALL = (
         for criterion in ("magnitude", "saliency", "ema_magnitude", "platon")
     ),
 )
-"""All but second_order, whose Fisher matrices (50 numbers a weight) are another order of cost."""
+SECOND_ORDER = (DENSE, _ours("second_order", criterion="second_order"))
+"""Apart from the others: its Fisher matrices are 50 numbers a weight."""
 
 
 @dataclass

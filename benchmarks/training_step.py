@@ -7,9 +7,9 @@ A cell is a shape, a number of tokens a step, and eager or `torch.compile`. In e
 built with random weights and AdamW (fused): first alone, for its peak memory, then in turns with
 the dense step and a few others, for its time, over that of the dense step in the same round. The
 naive module sorts its scores in every forward. With `--alone`, the exact threshold alone, and the
-evaluation of a prepared model. With a CUDA device the same runs there. Cells that are in the result
-file already are replaced, all others stay in it. With `--keep-memory`, freed memory stays with the
-process in all cases, the dense one too, where the C library is glibc: as with
+evaluation of a prepared model. With a CUDA device the same runs there. Cases of a cell that are in
+the result file already are replaced, all others stay in it. With `--keep-memory`, freed memory
+stays with the process in all cases, the dense one too, where the C library is glibc: as with
 `MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TOP_PAD_=134217728`.
 """
 
@@ -40,6 +40,7 @@ from benchmarks.training_cases import (
     MAIN,
     MOVEMENT,
     OURS,
+    SECOND_ORDER,
     SHAPES,
     Case,
     Shape,
@@ -53,7 +54,7 @@ from mvpfx.selection import find_cut
 from mvpfx.top_v import top_v
 
 RESULT = results_file.FOLDER / "training_step.json"
-SETS = {"ours": OURS, "main": MAIN, "all": ALL}
+SETS = {"ours": OURS, "main": MAIN, "all": ALL, "second-order": SECOND_ORDER}
 SCORES = 85_000_000
 GROUP = 5
 """Cases that take turns with one dense step: so few that a machine stays what it is in a round."""
@@ -80,7 +81,8 @@ def measure_cell(
         times = rounds_ms(steps, rounds, f"{shape.name}, {tokens} tokens", warmup_rounds=2)
         dense = times[DENSE.name]
         for name in list(steps)[1 if start else 0 :]:
-            row: dict[str, Any] = {"case": name, "ms": asdict(quartiles(times[name]))}
+            row: dict[str, Any] = {"case": name, "rounds": rounds}
+            row["ms"] = asdict(quartiles(times[name]))
             row |= over_dense(times[name], dense)
             if peaks:
                 row["peak_bytes"] = peaks[name]
@@ -94,7 +96,6 @@ def measure_cell(
         "shape": shape.name,
         "tokens": tokens,
         "mode": "compiled" if compiled else "eager",
-        "rounds": rounds,
         "rows": rows,
     }
 
@@ -188,10 +189,19 @@ def merged(path: Path, new: dict[str, Any]) -> dict[str, Any]:
         return tuple(cell.get(name) for name in ("shape", "tokens", "mode", "memory_kept"))
 
     for part in ("cells", "evaluation"):
-        cells = {key(cell): cell for cell in [*old.get(part, []), *new[part]]}
+        cells = {key(cell): cell for cell in old.get(part, [])}
+        for cell in new[part]:
+            before = cells.get(key(cell), {})
+            cells[key(cell)] = {**cell, **rows_of(before, cell)}
         new[part] = list(cells.values())
     new["threshold"] = new["threshold"] or old.get("threshold")
     return new
+
+
+def rows_of(*cells: dict[str, Any]) -> dict[str, Any]:
+    """The rows of a cell, of each case the last; nothing where there are none."""
+    rows = {row["case"]: row for cell in cells for row in cell.get("rows", [])}
+    return {"rows": list(rows.values())} if rows else {}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,28 +11,46 @@ END = "<!-- end of training step -->"
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """One row a way of training, a column of times for each cell; then what was measured alone."""
+    """One row a way of training, a column for each cell: times, then memory; then what was measured
+    alone.
+    """
     found = [result for result in results if result["benchmark"] == "training_step"]
     if not found:
         return "No result file yet."
     (result,) = found
     cells = result["cells"]
+    measured = [cell for cell in cells if _MEMORY in cell["rows"][0] and not cell["memory_kept"]]
+    return "\n\n".join(
+        [
+            _table(cells, "time_over_dense", "{:.2f}"),
+            time_notes(result),
+            _table(measured, _MEMORY, "{:+.1f}"),
+            _MEMORY_NOTE,
+            *notes(result),
+        ]
+    )
+
+
+_MEMORY = "bytes_a_prunable_weight"
+_MEMORY_NOTE = (
+    "Peak memory beyond the dense step's, of all tensors alive at once, in bytes a prunable weight."
+)
+
+
+def _table(cells: list[dict[str, Any]], figure: str, form: str) -> str:
+    """One figure of each case in each cell."""
     names = dict.fromkeys(row["case"] for cell in cells for row in cell["rows"])
-    rows = [row_of(name, cells) for name in names]
-    text = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
-    return "\n\n".join([text, *notes(result)])
+    rows = [row_of(name, cells, figure, form) for name in names]
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
-def row_of(name: str, cells: list[dict[str, Any]]) -> dict[str, str]:
-    """Times of one way of training, and the memory it takes where that was measured first."""
-    row = {"training": name}
-    bytes_a_weight = ""
+def row_of(name: str, cells: list[dict[str, Any]], figure: str, form: str) -> dict[str, str]:
+    """One way of training: its figure in each cell, nothing where it was not measured."""
+    shown = {"training": name}
     for cell in cells:
-        known = next((row for row in cell["rows"] if row["case"] == name), None)
-        row[column(cell)] = "" if known is None else f"{known['time_over_dense']:.2f}"
-        if known is not None and not bytes_a_weight and "bytes_a_prunable_weight" in known:
-            bytes_a_weight = f"{known['bytes_a_prunable_weight']:+.1f}"
-    return {**row, "bytes a prunable weight": bytes_a_weight}
+        known = next((row for row in cell["rows"] if row["case"] == name), {})
+        shown[column(cell)] = form.format(known[figure]) if figure in known else ""
+    return shown
 
 
 def column(cell: dict[str, Any]) -> str:
@@ -45,19 +63,24 @@ def column(cell: dict[str, Any]) -> str:
     )
 
 
-def notes(result: dict[str, Any]) -> list[str]:
-    """What the figures are, and those of what was measured alone."""
+def time_notes(result: dict[str, Any]) -> str:
+    """What the times are."""
     environment, settings = result["environment"], result["settings"]
     cpu = f"{environment['processor']} ({environment['instructions']})"
     where = environment["device"] if environment["device"] != "cpu" else cpu
     sequences, optimizer = settings["sequences"], settings["optimizer"]
-    texts = [
-        "Time of a step over that of the dense one, taken in turns, and peak memory beyond the "
-        f"dense step's, of all tensors alive at once. {sequences} sequences a step, {optimizer}, "
+    return (
+        "Time of a step over that of the dense one, taken in turns. "
+        f"{sequences} sequences a step, {optimizer}, "
         f"random weights, density {settings['density']:.0%} and falling; "
         f"{environment['threads']} thread(s) of {where}, torch {environment['torch']}, medians of "
         "ratios in one round."
-    ]
+    )
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What was measured alone."""
+    texts: list[str] = []
     alone = result.get("threshold")
     if alone is not None:
         texts.append(
@@ -65,9 +88,8 @@ def notes(result: dict[str, Any]) -> list[str]:
             f"{alone['passes']:.1f} times `scores.sum()`, and {alone['extra_memory']:.1%} of their "
             "memory."
         )
-    texts += [
+    return texts + [
         f"Evaluation of a prepared {row['shape']} on {row['tokens']:,} tokens: "
         f"{row['time_over_dense']:.2f} of the dense model's time."
         for row in result.get("evaluation", [])
     ]
-    return texts

@@ -73,7 +73,8 @@ def test_peak_memory_is_that_of_tensors() -> None:
     parameters = sum(p.numel() for p in shape.model(CPU).parameters())
     assert peaks["dense"] == pytest.approx(16 * parameters, rel=0.1)
     extra = {n: (peak - peaks["dense"]) / shape.prunable for n, peak in peaks.items()}
-    assert extra["movement"] == pytest.approx(17, abs=0.2), "here the gradients are the peak"
+    mask = 1 / 8 if library.LIBRARY else 1
+    assert extra["movement"] == pytest.approx(16 + mask, abs=0.2), "here the gradients are the peak"
     # Without the native library a site's gradient, its change and a spare, one site at a time.
     spare = 0 if library.LIBRARY else 12 * widest
     assert extra["movement, accumulate"] == pytest.approx(5 + spare, abs=0.2)
@@ -106,8 +107,15 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training_step.main(["--tokens", "64", "--mode", "eager", "--cases", "main", *common])
     again = json.loads(path.read_text())
     assert len(again["cells"]) == 1 and again["threshold"] == result["threshold"]
+    training_step.main(["--tokens", "64", "--mode", "eager", "--cases", "second-order", *common])
+    (cell,) = json.loads(path.read_text())["cells"]
+    others = {row["case"]: row for row in cell["rows"]}
+    second_order = others.pop("second_order")
+    assert second_order["bytes_a_prunable_weight"] > 200, "50 numbers a weight"
+    assert list(others) == [row["case"] for row in again["cells"][0]["rows"]], "where they were"
+    assert others["movement"] == again["cells"][0]["rows"][1]
     text = training_step_table.table([result])
-    assert "| movement, accumulate " in text
+    assert text.count("| movement, accumulate ") == 2, "time and memory"
     assert "The exact threshold of 0 M scores" in text
     assert training_step_table.table([]) == "No result file yet."
 
