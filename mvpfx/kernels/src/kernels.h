@@ -11,6 +11,7 @@
 
 const Kernels KERNEL_TABLE = {KERNEL_TEXT(KERNEL_ISA),
                               KERNEL_HALVES,
+                              KERNEL_ISA::kStrip,
                               KERNEL_ISA::multiply,
                               KERNEL_ISA::pair_features,
                               KERNEL_ISA::normalize,

@@ -136,7 +136,8 @@ EXPORT int mvpfx_halves() { return kernels->halves; }
 EXPORT Packed* mvpfx_pack(int64_t rows, int64_t columns, int64_t block, int halves,
                           const int32_t* row_starts, const int32_t* column_indices,
                           const float* values) {
-  return pack(rows, columns, block, halves != 0, row_starts, column_indices, values);
+  return pack(rows, columns, block, halves != 0, kernels->strip, row_starts, column_indices,
+              values);
 }
 
 EXPORT void mvpfx_free(Packed* packed) { delete packed; }

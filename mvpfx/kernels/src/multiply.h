@@ -1,6 +1,7 @@
 // Sparse weight times tiled activations.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "packed.h"
@@ -8,9 +9,13 @@
 
 namespace KERNEL_ISA {
 
+// Whether a strip is less than a tile. Its columns lie a tile apart then, where they would share a
+// part of the first cache: they are copied to lie side by side.
+constexpr bool kNarrow = kStrip < kTile;
+
 // Some tokens of one tile, and what a block of weights reads and writes of them.
 struct Strip {
-  const float* input;  // first column of the block
+  const float* input;  // first column of the block; of full tiles its copy, where kNarrow
   float* output;       // first row of all
   int64_t tile;
   int width, lane;
@@ -36,8 +41,23 @@ inline void finish(Vector (&sums)[kVectors], const Epilogue& epilogue, int64_t r
 
 // Where a column begins; offsets are those of a full tile.
 template <bool kFull>
-inline int64_t place(uint16_t offset, int width) {
-  return kFull ? offset : int64_t{offset} / kTile * width;
+inline const float* column(const Strip& strip, uint16_t offset) {
+  if constexpr (kFull && kNarrow) {
+    constexpr int64_t kBytes = int64_t{sizeof(float)} * kStrip / kTile;
+    return reinterpret_cast<const float*>(reinterpret_cast<const char*>(strip.input) +
+                                          kBytes * offset);
+  }
+  return strip.input + (kFull ? offset : int64_t{offset} / kTile * strip.width);
+}
+
+// Asks for the sums of a unit. Rows of like length follow each other, wherever they are: the
+// processor does not foresee them.
+template <int kGroup, int kVectors>
+inline void expect(const int32_t* unit, const Strip& strip, int width) {
+#pragma GCC unroll 4
+  for (int r = 0; r < kGroup; ++r)
+    for (int lane = 0; lane < kVectors * kLanes; lane += kChunk)
+      __builtin_prefetch(strip.output + int64_t{unit[r]} * width + lane, 1);
 }
 
 // sums + w * x, or of both halves.
@@ -73,6 +93,7 @@ void multiply_strip(const Packed& packed, const Block& block, const Epilogue& ep
   const float* values = packed.values.data() + block.entry * kGroup;
   const uint16_t* offsets = packed.offsets.data() + (kGroup == 2 ? 2 : 1) * block.entry;
   for (int64_t u = 0; u < block.units; ++u, unit += kGroup + 1) {
+    if (kNarrow && u + 1 < block.units) expect<kGroup, kVectors>(unit + kGroup + 1, strip, width);
     Vector sums[kGroup][kVectors];
     float* to[kGroup];
 #pragma GCC unroll 4
@@ -94,19 +115,19 @@ void multiply_strip(const Packed& packed, const Block& block, const Epilogue& ep
         for (int i = 0; i < 4; ++i) {
           const uint16_t offset = static_cast<uint16_t>(four >> (16 * i));
           add_products<kVectors, kHalves>(sums[i % 2], values + i,
-                                          strip.input + place<kFull>(offset, width));
+                                          column<kFull>(strip, offset));
         }
       }
       if (e < count) {
 #pragma GCC unroll 2
         for (int r = 0; r < 2; ++r)
           add_products<kVectors, kHalves>(sums[r], values + r,
-                                          strip.input + place<kFull>(offsets[r], width));
+                                          column<kFull>(strip, offsets[r]));
         values += 2, offsets += 2;
       }
     } else {
       for (int32_t e = 0; e < count; ++e, values += kGroup, ++offsets) {
-        const float* x = strip.input + place<kFull>(offsets[0], width);
+        const float* x = column<kFull>(strip, offsets[0]);
         Vector xs[kVectors];
 #pragma GCC unroll 4
         for (int t = 0; t < kVectors; ++t) xs[t] = load(x + t * kLanes);
@@ -145,12 +166,33 @@ void multiply_stage(const Packed& packed, const Block& block, const Epilogue& ep
   run(Stage_<kOnly>{}, something);
 }
 
+// A full tile in strips whose columns are copied to lie side by side.
 template <int kGroup, bool kHalves>
-void multiply_tile(const Packed& packed, const Block& block, const Epilogue& epilogue,
-                   Strip strip, int stage) {
+void multiply_copies(const Packed& packed, const Block& block, int64_t columns,
+                     const Epilogue& epilogue, Strip strip, int stage) {
+  alignas(64) float copy[kDeepest * kStrip];
   const float* input = strip.input;
   float* output = strip.output;
-  int step = strip.width == kTile || strip.width % (kWide * kLanes) == 0 ? kWide : 1;
+  strip.input = copy;
+  for (; strip.lane < kTile; strip.lane += kStrip) {
+    for (int64_t c = 0; c < columns; ++c)
+      for (int lane = 0; lane < kStrip; lane += kLanes)
+        store(copy + c * kStrip + lane, load(input + c * kTile + strip.lane + lane));
+    strip.output = output + strip.lane;
+    multiply_stage<kGroup, kHalves, kWide, true>(packed, block, epilogue, strip, stage);
+  }
+}
+
+template <int kGroup, bool kHalves>
+void multiply_tile(const Packed& packed, const Block& block, int64_t columns,
+                   const Epilogue& epilogue, Strip strip, int stage) {
+  if constexpr (kNarrow) {
+    if (strip.width == kTile)
+      return multiply_copies<kGroup, kHalves>(packed, block, columns, epilogue, strip, stage);
+  }
+  const float* input = strip.input;
+  float* output = strip.output;
+  int step = strip.width == kTile || strip.width % kStrip == 0 ? kWide : 1;
   for (; strip.lane < strip.width; strip.lane += step * kLanes) {
     strip.input = input + strip.lane;
     strip.output = output + strip.lane;
@@ -171,8 +213,9 @@ void multiply_panel(const Packed& packed, int64_t panel, int64_t tile, int width
   for (int64_t q = 0; q < depths; ++q) {
     const Block& block = packed.blocks[panel * depths + q];
     int stage = (q == 0 ? kFirst : 0) | (q == depths - 1 ? kLast : 0);
-    Strip strip{input + q * packed.depth * width, output, tile, width, 0};
-    multiply_tile<kGroup, kHalves>(packed, block, epilogue, strip, stage);
+    int64_t first = q * packed.depth, columns = std::min(packed.depth, packed.columns - first);
+    Strip strip{input + first * width, output, tile, width, 0};
+    multiply_tile<kGroup, kHalves>(packed, block, columns, epilogue, strip, stage);
   }
 }
 

@@ -30,6 +30,10 @@ struct Packed {
   int64_t depths() const { return columns ? (columns + depth - 1) / depth : 1; }
 };
 
-// With `halves` the values have to be numbers that bfloat16 has.
-Packed* pack(int64_t rows, int64_t columns, int64_t block, bool halves, const int32_t* row_starts,
-             const int32_t* column_indices, const float* values);
+// The most columns of a block.
+constexpr int64_t kDeepest = 384;
+
+// With `halves` the values have to be numbers that bfloat16 has. `strip`: how many tokens the kernels
+// sum at once that will read it fastest.
+Packed* pack(int64_t rows, int64_t columns, int64_t block, bool halves, int strip,
+             const int32_t* row_starts, const int32_t* column_indices, const float* values);

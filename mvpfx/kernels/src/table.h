@@ -8,6 +8,7 @@
 struct Kernels {
   const char* name;
   bool halves;  // whether products of bfloat16 are faster than those of floats
+  int strip;    // tokens of a tile that are summed at once
   void (*multiply)(const Packed&, int64_t first_panel, int64_t last_panel, const Geometry&,
                    int64_t tile, const float* input, const Slice& output, const Epilogue&);
   void (*pair_features)(int64_t features, int width, const float* input, float* pairs);

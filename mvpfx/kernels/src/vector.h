@@ -17,6 +17,7 @@ namespace KERNEL_ISA {
 constexpr int kLanes = KERNEL_VECTOR_BYTES / 4;
 // Vectors of tokens that are summed at once, and rows of a dense product that share them.
 constexpr int kWide = KERNEL_WIDE;
+constexpr int kStrip = kWide * kLanes;
 constexpr int kRows = KERNEL_ROWS;
 
 typedef float Vector __attribute__((vector_size(KERNEL_VECTOR_BYTES), aligned(KERNEL_VECTOR_BYTES)));
