@@ -44,7 +44,7 @@ inline void product(const float* left, int64_t left_row, int64_t left_step, cons
   for (int64_t i = 0; i < length; ++i) {
     Vector x[kVectors];
 #pragma GCC unroll 4
-    for (int t = 0; t < kVectors; ++t) x[t] = load(right + i * kTile + t * kLanes);
+    for (int t = 0; t < kVectors; ++t) keep(x[t] = load(right + i * kTile + t * kLanes));
 #pragma GCC unroll 8
     for (int r = 0; r < kCount; ++r) {
       Vector w = spread<kHalves>(left[i * left_step + r * left_row]);

@@ -130,7 +130,7 @@ void multiply_strip(const Packed& packed, const Block& block, const Epilogue& ep
         const float* x = column<kFull>(strip, offsets[0]);
         Vector xs[kVectors];
 #pragma GCC unroll 4
-        for (int t = 0; t < kVectors; ++t) xs[t] = load(x + t * kLanes);
+        for (int t = 0; t < kVectors; ++t) keep(xs[t] = load(x + t * kLanes));
 #pragma GCC unroll 4
         for (int r = 0; r < kGroup; ++r) {
           Vector w = spread<kHalves>(values[r]);
@@ -166,20 +166,25 @@ void multiply_stage(const Packed& packed, const Block& block, const Epilogue& ep
   run(Stage_<kOnly>{}, something);
 }
 
-// A full tile in strips whose columns are copied to lie side by side.
+// A full tile in strips whose columns are copied to lie side by side; of four rows half a strip after
+// the other, so that their sums find room in registers.
 template <int kGroup, bool kHalves>
 void multiply_copies(const Packed& packed, const Block& block, int64_t columns,
                      const Epilogue& epilogue, Strip strip, int stage) {
+  constexpr int kVectors = kGroup == 4 ? kWide / 2 : kWide;
   alignas(64) float copy[kDeepest * kStrip];
   const float* input = strip.input;
   float* output = strip.output;
-  strip.input = copy;
-  for (; strip.lane < kTile; strip.lane += kStrip) {
+  for (int first = 0; first < kTile; first += kStrip) {
     for (int64_t c = 0; c < columns; ++c)
       for (int lane = 0; lane < kStrip; lane += kLanes)
-        store(copy + c * kStrip + lane, load(input + c * kTile + strip.lane + lane));
-    strip.output = output + strip.lane;
-    multiply_stage<kGroup, kHalves, kWide, true>(packed, block, epilogue, strip, stage);
+        store(copy + c * kStrip + lane, load(input + c * kTile + first + lane));
+    for (int lane = 0; lane < kStrip; lane += kVectors * kLanes) {
+      strip.lane = first + lane;
+      strip.input = copy + lane;
+      strip.output = output + strip.lane;
+      multiply_stage<kGroup, kHalves, kVectors, true>(packed, block, epilogue, strip, stage);
+    }
   }
 }
 

@@ -28,6 +28,16 @@ inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(
 inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 // Not `0 + x`: the compiler has to keep that addition, for the sake of -0.
 inline Vector broadcast(float x) { return x - Vector{}; }
+// Keeps x in a register. Compilers read it again for each row that it meets where an instruction can
+// do so, and there loads are what a product waits for.
+inline void keep(Vector& x) {
+#if defined(KERNEL_AVX2)
+  asm("" : "+x"(x));
+#else
+  static_cast<void>(x);
+#endif
+}
+
 // A NaN in x stays: these instructions return their second operand where one is none.
 #if defined(KERNEL_AVX512)
 inline Vector at_least(Vector x, Vector least) { return _mm512_maskz_max_ps(-1, least, x); }
