@@ -254,10 +254,10 @@ class Mask(MaskState):
                 return kept, mask  # a rank that kept all masks would hold a byte for each weight
             self.held_mask = HeldMask(key, kept, mask)
             return kept, mask
-        if held.decision is None:
-            with nothing_recorded():
-                return held.unpack(self.expand)
-        return held.decision
+        if decision := held.decision:
+            return decision
+        with nothing_recorded():
+            return held.unpack(self.expand)
 
     @property
     def _is_ranked(self) -> bool:

@@ -50,7 +50,7 @@ class _MaskedWeight(torch.autograd.Function):
         (grad,) = grads
         weight, mask = ctx.saved_tensors
         trains, learns = ctx.needs_input_grad[:2]
-        if ctx.done is not None:
+        if ctx.done is not None and not torch.compiler.is_compiling():
             ctx.done()
         if trains and learns:
             return *both_gradients(grad, weight, mask, ctx.layout), None, None, None, None
