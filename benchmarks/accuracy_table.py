@@ -104,7 +104,7 @@ def is_usual(cell: dict[str, Any]) -> bool:
     return all(cell[name] == getattr(usual, name) for name in ALIKE)
 
 
-def is_plain(cell: dict[str, Any]) -> bool:
+def is_plain(cell: Mapping[str, Any]) -> bool:
     """Whether a run belongs into the first table: single weights, no teacher."""
     return cell["granularity"] == "element" and not cell["teacher"]
 

@@ -31,7 +31,7 @@ def part(processor: str, lines: list[dict[str, Any]]) -> str:
         return ""
     shown = [line for curve in found.values() for line in curve.values()]
     parts = [
-        f"### {shown[0]['environment']['processor']}",
+        f"### {full_name(processor, shown[0])}",
         *(
             [f"![Latency against density](images/{inference_plot.file_name(processor)})"]
             if inference_plot.points(lines)
@@ -49,7 +49,7 @@ def summary(results: Mapping[str, list[dict[str, Any]]]) -> str:
     """For README: single weights of BERT-base, as times faster, on each kind of processor."""
     densities: dict[float, None] = {}
     rows: list[dict[str, str]] = []
-    for lines in results.values():
+    for processor, lines in results.items():
         for cell, curve in curves(lines).items():
             if (cell.model, cell.pattern) != (inference_plot.MODEL, "unstructured"):
                 continue
@@ -58,7 +58,7 @@ def summary(results: Mapping[str, list[dict[str, Any]]]) -> str:
             line = next(iter(sparse.values()))
             rows.append(
                 {
-                    "processor": line["environment"]["processor"],
+                    "processor": full_name(processor, line),
                     "dtype": cell.dtype,
                     "batch": str(cell.batch),
                     "threads": str(cell.threads),
@@ -71,6 +71,11 @@ def summary(results: Mapping[str, list[dict[str, Any]]]) -> str:
     names = ("processor", "dtype", "batch", "threads", *columns)
     table = [[row.get(name, "") for name in names] for row in rows]
     return tabulate(table, headers=names, tablefmt="github", disable_numparse=True)
+
+
+def full_name(processor: str, line: dict[str, Any]) -> str:
+    """A processor's name, and what tells it from others that have the same."""
+    return f"{line['environment']['processor']}, {processor}"
 
 
 def detail(found: dict[Cell, dict[float, dict[str, Any]]]) -> str:

@@ -80,7 +80,7 @@ def test_curves_begin_with_the_dense_model_and_are_in_order() -> None:
 def test_the_tables() -> None:
     text = inference_table.table({"amx": lines(), "none": []})
     assert text.splitlines()[:3] == [
-        "### P",
+        "### P, amx",
         "",
         "![Latency against density](images/cpu_inference_amx.svg)",
     ]
@@ -117,8 +117,8 @@ def test_the_tables() -> None:
 def test_the_summary() -> None:
     text = inference_table.summary({"amx": lines(), "none": []}) + "\n\n"
     assert rows(text, "|processor|dtype|batch|threads|50%|10%|") == [
-        "P | fp32 | 1 | 1 | 2.00x, 1.60x onnxruntime | 4.00x, 3.20x onnxruntime",
-        "P | fp32 | 16 | 1 |  | -",
+        "P, amx | fp32 | 1 | 1 | 2.00x, 1.60x onnxruntime | 4.00x, 3.20x onnxruntime",
+        "P, amx | fp32 | 16 | 1 |  | -",
     ]
     assert inference_table.summary({"amx": []}) == "No result file yet."
 
