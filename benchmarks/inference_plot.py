@@ -80,7 +80,8 @@ def draw(lines: list[dict[str, Any]], path: Path) -> bool:
             for engine, colour in COLOURS.items()
             if engine in shown
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
+        wide = 3 * len(columns)  # as many as fit below the panels
+        figure.legend(handles=handles, loc="outside lower center", ncols=wide, frameon=False)
         figure.suptitle(f"{FOR_PEOPLE[MODEL]} shape, {DTYPE}, {THREADS} thread, 128 tokens")
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata: Any = {"Date": None, "Description": f"points {digest(panels)}"}
