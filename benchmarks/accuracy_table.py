@@ -76,7 +76,9 @@ def settings_of(lines: Iterable[dict[str, Any]]) -> list[Setting]:
 
 
 def first_scores(method: str, score_init: str | None) -> str | None:
-    """What the first scores were where a run names none; None where none are learned."""
+    """What the first scores were: the criterion's own where a run names none; None where none are
+    learned.
+    """
     criterion = None if method == accuracy.DENSE else criteria.find(method)
     if criterion is None or criterion.stored != "parameter":
         return None
@@ -116,31 +118,30 @@ def otherwise(found: list[Setting]) -> str:
         for each in shown(found)
         if not is_plain(each.cell)
     ]
-    headers = [*_TITLES, "accuracy", "dense"]
-    if not rows:
-        return ""
-    return "\n\n" + tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+    return _below(rows, "accuracy", "dense")
 
 
 def repeated(found: list[Setting]) -> str:
     """A table of the figures that are means: how many runs, and how far apart they are."""
     rows = [
-        [*title(each.cell), len(each.test), each.shown, *map("{:.3f}".format, ends(each.test))]
+        [
+            *title(each.cell),
+            len(each.test),
+            each.shown,
+            f"{min(each.test):.3f}",
+            f"{max(each.test):.3f}",
+        ]
         for each in shown(found)
         if len(each.test) > 1
     ]
-    headers = [*_TITLES, "runs", "mean", "lowest", "highest"]
-    if not rows:
-        return ""
-    return "\n\n" + tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+    return _below(rows, "runs", "mean", "lowest", "highest")
 
 
-def ends(values: tuple[float, ...]) -> tuple[float, float]:
-    """The least and the greatest."""
-    return min(values), max(values)
-
-
-_TITLES = ("task", "criterion", "remaining", "what is pruned")
+def _below(rows: list[list[Any]], *headers: str) -> str:
+    """A further table, whose rows begin with titles; nothing without rows."""
+    names = ("task", "criterion", "remaining", "what is pruned", *headers)
+    text = tabulate(rows, headers=names, tablefmt="github", disable_numparse=True)
+    return f"\n\n{text}" if rows else ""
 
 
 def title(cell: Mapping[str, Any]) -> tuple[str, ...]:

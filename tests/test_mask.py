@@ -170,8 +170,10 @@ def test_the_mask_is_computed_once_until_something_changes() -> None:
     mask, weight = make_mask(values(4, 4))
     mask.density = 0.5
     first = mask.kept()
-    mask(weight)
+    product = mask(weight)
     assert mask.kept() is first
+    product.sum().backward()
+    assert torch.equal(mask.kept(), first)
     with torch.no_grad():
         mask.require_scores().neg_()
     second = mask.kept()

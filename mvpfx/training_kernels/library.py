@@ -22,8 +22,8 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "mvpfx_mask_gradients": (None, (*[c_void_p] * 5, c_int64, c_int)),
     "mvpfx_take_movement": (None, (*[c_void_p] * 4, c_float, c_int64, c_int)),
     "mvpfx_block_gradients": (None, (*[c_void_p] * 5, *[c_int64] * 4, c_int)),
-    "mvpfx_pack": (None, (c_void_p, c_void_p, c_int64, c_int)),
-    "mvpfx_unpack": (None, (c_void_p, c_void_p, c_int64, c_int)),
+    "mvpfx_pack_mask": (None, (c_void_p, c_void_p, c_int64, c_int)),
+    "mvpfx_unpack_mask": (None, (c_void_p, c_void_p, c_int64, c_int)),
     "mvpfx_top": (c_int, (c_void_p, c_int64, c_int64, c_void_p)),
     "mvpfx_at_least": (None, (c_void_p, c_float, c_void_p, c_int64, c_int)),
     "mvpfx_split": (
@@ -108,14 +108,18 @@ def packs(mask: Tensor) -> bool:
 def pack(mask: Tensor) -> Tensor:
     """A bit a value, uint8, flat."""
     bits = torch.empty(-(-mask.numel() // 8), dtype=torch.uint8)
-    _library().mvpfx_pack(mask.data_ptr(), bits.data_ptr(), mask.numel(), torch.get_num_threads())
+    _library().mvpfx_pack_mask(
+        mask.data_ptr(), bits.data_ptr(), mask.numel(), torch.get_num_threads()
+    )
     return bits
 
 
 def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
     """The way back of `pack`: bool of this shape."""
     mask = torch.empty(shape, dtype=torch.bool)
-    _library().mvpfx_unpack(bits.data_ptr(), mask.data_ptr(), mask.numel(), torch.get_num_threads())
+    _library().mvpfx_unpack_mask(
+        bits.data_ptr(), mask.data_ptr(), mask.numel(), torch.get_num_threads()
+    )
     return mask
 
 
@@ -166,6 +170,6 @@ def _library() -> ctypes.CDLL:
     return LIBRARY
 
 
-INTERFACE = Interface(_FUNCTIONS, "mvpfx_training_version", version=4)
+INTERFACE = Interface(_FUNCTIONS, "mvpfx_training_version", version=5)
 LIBRARY = INTERFACE.find(Path(__file__).parent)
 """The library; None where it was not built or cannot be loaded."""

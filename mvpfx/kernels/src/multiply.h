@@ -191,19 +191,21 @@ void multiply_copies(const Packed& packed, const Block& block, int64_t columns,
 template <int kGroup, bool kHalves>
 void multiply_tile(const Packed& packed, const Block& block, int64_t columns,
                    const Epilogue& epilogue, Strip strip, int stage) {
-  if constexpr (kNarrow) {
-    if (strip.width == kTile)
-      return multiply_copies<kGroup, kHalves>(packed, block, columns, epilogue, strip, stage);
+  static_assert(kStrip <= kTile);
+  if (strip.width == kTile) {
+    if constexpr (kNarrow)
+      multiply_copies<kGroup, kHalves>(packed, block, columns, epilogue, strip, stage);
+    else
+      multiply_stage<kGroup, kHalves, kWide, true>(packed, block, epilogue, strip, stage);
+    return;
   }
   const float* input = strip.input;
   float* output = strip.output;
-  int step = strip.width == kTile || strip.width % kStrip == 0 ? kWide : 1;
+  int step = strip.width % kStrip == 0 ? kWide : 1;
   for (; strip.lane < strip.width; strip.lane += step * kLanes) {
     strip.input = input + strip.lane;
     strip.output = output + strip.lane;
-    if (strip.width == kTile)
-      multiply_stage<kGroup, kHalves, kWide, true>(packed, block, epilogue, strip, stage);
-    else if (step == kWide)
+    if (step == kWide)
       multiply_stage<kGroup, kHalves, kWide, false>(packed, block, epilogue, strip, stage);
     else
       multiply_stage<kGroup, kHalves, 1, false>(packed, block, epilogue, strip, stage);

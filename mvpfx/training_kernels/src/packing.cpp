@@ -26,7 +26,7 @@ void unpack(uint8_t bits, uint8_t* values) {
 }  // namespace
 
 // bits = mask, eight to a byte; what the last byte has no values for is 0.
-EXPORT void mvpfx_pack(const uint8_t* mask, uint8_t* bits, int64_t count, int threads) {
+EXPORT void mvpfx_pack_mask(const uint8_t* mask, uint8_t* bits, int64_t count, int threads) {
   parallel(chunks(count), threads, [&](int64_t chunk) {
     const uint8_t* from = mask + chunk * kChunk;
     uint8_t* to = bits + chunk * (kChunk / 8);
@@ -41,7 +41,7 @@ EXPORT void mvpfx_pack(const uint8_t* mask, uint8_t* bits, int64_t count, int th
 }
 
 // mask = bits.
-EXPORT void mvpfx_unpack(const uint8_t* bits, uint8_t* mask, int64_t count, int threads) {
+EXPORT void mvpfx_unpack_mask(const uint8_t* bits, uint8_t* mask, int64_t count, int threads) {
   parallel(chunks(count), threads, [&](int64_t chunk) {
     const uint8_t* from = bits + chunk * (kChunk / 8);
     uint8_t* to = mask + chunk * kChunk;

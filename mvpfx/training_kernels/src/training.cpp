@@ -171,7 +171,7 @@ bool split(const float* values, int64_t count, float low, float high, Found& fou
 }  // namespace
 
 // The version of this interface.
-EXPORT int mvpfx_training_version() { return 4; }
+EXPORT int mvpfx_training_version() { return 5; }
 
 // out = a * mask.
 EXPORT void mvpfx_mask(const float* a, const uint8_t* mask, float* out, int64_t count,
