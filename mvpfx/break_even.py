@@ -119,7 +119,7 @@ def storage_key(storage: str, dtype: torch.dtype) -> str:
     if storage != "native":
         return storage
     instructions = isa()
-    if instructions == "avx512_bf16" and dtype is torch.float32:
+    if instructions in ("amx", "avx512_bf16") and dtype is torch.float32:
         instructions = "avx512"
     return f"native-{instructions}"
 

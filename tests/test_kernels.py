@@ -131,7 +131,7 @@ def test_sparse_weights(shape: tuple[int, ...], density: float) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("block", [(1, 1), (4, 4)], ids=str)
+@pytest.mark.parametrize("block", [(1, 1), (4, 4), (32, 32)], ids=str)
 def test_bfloat16_is_summed_in_float32(shape: tuple[int, ...], block: tuple[int, int]) -> None:
     """One large sum, which bfloat16 alone would lose what is small of."""
     columns = shape[-1]
@@ -146,11 +146,25 @@ def test_bfloat16_is_summed_in_float32(shape: tuple[int, ...], block: tuple[int,
         assert ((found - wanted).abs() <= 2**-8 * wanted.abs() + 1e-5).all()
 
 
+@pytest.mark.parametrize("block", [1, 4, 32])
+@pytest.mark.parametrize("density", [0.03, 0.1, 1.0])
+def test_bfloat16_in_many_columns(block: int, density: float) -> None:
+    """Columns that lie side by side and columns that do not, in groups that are full or are not."""
+    kept = torch.rand(-(-789 // block), -(-1203 // block)) < density
+    mask = kept.repeat_interleave(block, 0).repeat_interleave(block, 1)[:789, :1203]
+    weight = (torch.randn(789, 1203) * mask).bfloat16()
+    x, bias = torch.randn(2, 83, 1203).bfloat16(), torch.randn(789).bfloat16()
+    wanted = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
+    found = multiplied(SparseLinear.from_dense(weight, bias), x, activation="gelu")
+    assert ((found - wanted).abs() <= 2**-8 * wanted.abs() + 1e-4).all()
+
+
+@pytest.mark.parametrize("density", [0.03, 0.5])
 @pytest.mark.parametrize("first", INSTRUCTIONS)
 def test_what_was_packed_for_one_instruction_set_runs_on_another(
-    first: str, instructions: str
+    first: str, density: float, instructions: str
 ) -> None:
-    weight = (torch.randn(40, 900) * (torch.rand(40, 900) < 0.03)).bfloat16()
+    weight = (torch.randn(40, 900) * (torch.rand(40, 900) < density)).bfloat16()
     x = torch.randn(70, 900).bfloat16()
     try:
         use_isa(first)

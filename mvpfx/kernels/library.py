@@ -17,7 +17,7 @@ MISSING = "the native kernels were not built with this installation: it takes a 
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What native kernels take."""
-INSTRUCTIONS = ("avx512_bf16", "avx512", "avx2", "plain")
+INSTRUCTIONS = ("amx", "avx512_bf16", "avx512", "avx2", "plain")
 """Instruction sets that kernels are compiled for, the fastest first."""
 
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "attention_call.h"
+#include "attention_matrix.h"
 #include "multiply.h"
 
 namespace KERNEL_ISA {
@@ -15,20 +16,21 @@ struct Head {
   int64_t stride;  // floats from tile to tile
 };
 
-// One head of a sequence as it lies, where sequences are whole tiles; else a copy in `room`.
+// One head of a sequence as it lies, where sequences are whole tiles; else a copy in `room`, whose tiles
+// are `stride` apart.
 inline Head head_of(const Geometry& geometry, const Slice& slice, int64_t first, int64_t features,
-                    int64_t sequence, float* room) {
+                    int64_t sequence, float* room, int64_t stride) {
   int64_t padded = geometry.padded(), base = sequence * padded;
   if (padded % kTile == 0) return {slice.at(base / kTile, first, kTile), slice.stride};
   for (int64_t at = 0; at < padded; at += kChunk) {
     int64_t tile = (base + at) / kTile, lane = (base + at) % kTile;
     int width = geometry.width(tile);
     const float* from = slice.at(tile, first, width) + lane;
-    float* to = room + at / kTile * kTile * features + at % kTile;
+    float* to = room + at / kTile * stride + at % kTile;
     for (int64_t f = 0; f < features; ++f)
       std::memcpy(to + f * kTile, from + f * width, kChunk * sizeof(float));
   }
-  return {room, kTile * features};
+  return {room, stride};
 }
 
 // out[r, :] (+)= sum over i of left[i * left_step + r * left_row] * right[i, :], for kCount rows and
@@ -133,6 +135,37 @@ inline void softmax(float* scores, int64_t keys, int64_t queries, float scale, f
     softmax_strip<1>(scores + done * kLanes, keys, scale, inverse + done * kLanes);
 }
 
+// Scores of some keys of one tile, one row a key; of a matrix unit in whole sixteens, and keys token by
+// token.
+template <bool kHalves>
+inline void score_keys(const float* keys, const float* queries, int64_t width, float* scores,
+                       int64_t count, int64_t columns) {
+#if defined(KERNEL_AMX)
+  if constexpr (kHalves) {
+    int64_t pairs = whole_groups(width);
+    matrix_products(keys, pairs, queries, pairs, scores, count, columns, false);
+    return;
+  }
+#endif
+  wide_products<kHalves>(keys, 1, kTile, queries, width, scores, count, columns, false);
+}
+
+// What some tokens, or pairs of them, add to the result.
+template <bool kHalves>
+inline void sum_values(const float* values, float* weights, int64_t count, float* result,
+                       int64_t rows, int64_t columns, bool more) {
+  constexpr int64_t kRow = kHalves ? kTile / 2 : kTile;
+#if defined(KERNEL_AMX)
+  if constexpr (kHalves) {
+    int64_t whole = whole_groups(count);
+    std::fill(weights + count * kTile, weights + whole * kTile, 0.0f);
+    matrix_products(values, kRow, weights, whole, result, rows, columns, more);
+    return;
+  }
+#endif
+  wide_products<kHalves>(values, kRow, 1, weights, count, result, rows, columns, more);
+}
+
 // One tile of queries of one head, or what there is of it. With kHalves queries and keys are pairs of
 // features, values pairs of tokens.
 template <bool kHalves>
@@ -144,12 +177,12 @@ void attend_tile(const Attention& a, int64_t sequence, int64_t head, int64_t fir
   int64_t left = g.padded() - first, queries = left < kTile ? left : kTile;
   int64_t seen = a.causal && first + queries < g.tokens ? first + queries : g.tokens;
   float* result = scratch;
-  float* scores = result + kTile * a.out_width;
+  float* scores = result + kTile * whole_groups(a.out_width);
   float inverse[kTile] __attribute__((aligned(64)));
   const float* q = query.data + first / kTile * query.stride;
   for (int64_t j = 0; j < seen; j += kTile)
-    wide_products<kHalves>(key.data + j / kTile * key.stride, 1, kTile, q, width,
-                           scores + j * kTile, seen - j < kTile ? seen - j : kTile, queries, false);
+    score_keys<kHalves>(key.data + j / kTile * key.stride, q, width, scores + j * kTile,
+                        seen - j < kTile ? seen - j : kTile, queries);
   bool masked = a.mask || a.causal;
   if (masked) {
     for (int64_t i = 0; i < seen * kTile; i += kLanes)
@@ -163,9 +196,8 @@ void attend_tile(const Attention& a, int64_t sequence, int64_t head, int64_t fir
   if (kHalves) pair_features(seen, kTile, scores, scores);
   for (int64_t j = 0; j < seen; j += kTile) {
     int64_t keys = seen - j < kTile ? seen - j : kTile;
-    wide_products<kHalves>(value.data + j / kTile * value.stride, kTile / kPair, 1,
-                           scores + j / kPair * kTile, (keys + kPair - 1) / kPair, result,
-                           a.out_width, queries, j > 0);
+    sum_values<kHalves>(value.data + j / kTile * value.stride, scores + j / kPair * kTile,
+                        (keys + kPair - 1) / kPair, result, a.out_width, queries, j > 0);
   }
   int64_t base = sequence * g.padded() + first;
   for (int64_t r = 0; r < a.out_width; ++r)
@@ -183,28 +215,51 @@ inline void pair_tokens(int64_t rows, const float* from, float* to) {
     store(to + i / 2, cut_halves(load(from + i), load(from + i + kLanes)));
 }
 
-// A head with pairs of features, or of tokens, in `room`.
-inline Head paired(const Head& head, int64_t tiles, int64_t features, bool tokens, float* room) {
-  int64_t stride = tokens ? features * kTile / 2 : (features + 1) / 2 * kTile;
+// A head with pairs of tokens in `room`, where it may lie already; its tiles are `stride` apart.
+inline Head paired_tokens(const Head& head, int64_t tiles, int64_t features, float* room,
+                          int64_t stride) {
+  for (int64_t tile = 0; tile < tiles; ++tile)
+    pair_tokens(features, head.data + tile * head.stride, room + tile * stride);
+  return {room, stride};
+}
+
+// The same of features. What a matrix unit multiplies besides is zero.
+inline Head paired_features(const Head& head, int64_t tiles, int64_t features, float* room,
+                            int64_t stride) {
+  const int64_t pairs = (features + 1) / 2;
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    const float* from = head.data + tile * head.stride;
-    if (tokens)
-      pair_tokens(features, from, room + tile * stride);
-    else
-      pair_features(features, kTile, from, room + tile * stride);
+    float* to = room + tile * stride;
+    pair_features(features, kTile, head.data + tile * head.stride, to);
+    if (kMatrixUnit) std::fill(to + pairs * kTile, to + whole_groups(pairs) * kTile, 0.0f);
   }
   return {room, stride};
 }
 
-// The token that only fills up the last pair: whatever it holds is multiplied by zero.
-inline void drop_token(const Head& head, int64_t token, int64_t features) {
-  float* pair = const_cast<float*>(head.data) + token / kTile * head.stride + token % kTile / 2;
-  for (int64_t f = 0; f < features; ++f, pair += kTile / 2) {
+// Tokens from `token` on that only fill up the last pair, or the last pairs of a matrix unit: whatever
+// they hold is multiplied by zero.
+inline void drop_tokens(const Head& head, int64_t token, int64_t features) {
+  int64_t lane = token % kTile / 2, end = kMatrixUnit ? kTile / 2 : (token % kTile + 1) / 2;
+  if (token % kTile == 0) return;
+  float* row = const_cast<float*>(head.data) + token / kTile * head.stride;
+  for (int64_t f = 0; f < features; ++f, row += kTile / 2) {
     uint32_t bits;
-    std::memcpy(&bits, pair, sizeof(bits));
-    bits &= 0xffff;
-    std::memcpy(pair, &bits, sizeof(bits));
+    std::memcpy(&bits, row + lane, sizeof(bits));
+    bits = token % 2 ? bits & 0xffff : 0;
+    if (lane < end) std::memcpy(row + lane, &bits, sizeof(bits));
+    for (int64_t i = lane + 1; i < end; ++i) row[i] = 0.0f;
   }
+}
+
+// Keys token by token, where a matrix unit reads them.
+inline Head turned_keys(const Head& head, int64_t tiles, int64_t pairs, float* room) {
+#if defined(KERNEL_AMX)
+  for (int64_t tile = 0; tile < tiles; ++tile)
+    turn_pairs(head.data + tile * head.stride, pairs, room + tile * pairs * kTile);
+  return {room, pairs * kTile};
+#else
+  static_cast<void>(tiles), static_cast<void>(pairs), static_cast<void>(room);
+  return head;
+#endif
 }
 #endif
 
@@ -212,22 +267,28 @@ inline void drop_token(const Head& head, int64_t token, int64_t features) {
 void attend(const Attention& a, int64_t sequence, int64_t head, float* scratch) {
   int64_t group = head / (a.heads / a.groups), tiles = a.tiles();
   float* keys = scratch;
-  float* values = keys + tiles * kTile * (a.width + 1);
-  float* queries = values + tiles * kTile * a.out_width;
-  float* rest = queries + tiles * kTile * (a.width + 1);
-  Head key = head_of(a.geometry, a.key, group * a.width, a.width, sequence, keys);
-  Head value = head_of(a.geometry, a.value, group * a.out_width, a.out_width, sequence, values);
-  Head query = head_of(a.geometry, a.query, head * a.width, a.width, sequence, queries);
+  const int64_t stride = kTile * (a.width + 1 + kChunk), out_stride = kTile * whole_groups(a.out_width);
+  const int64_t pairs = whole_groups((a.width + 1) / 2);
+  float* values = keys + tiles * stride;
+  float* queries = values + tiles * out_stride;
+  float* turned = queries + tiles * stride;
+  float* rest = turned + tiles * kTile * pairs;
+  Head key = head_of(a.geometry, a.key, group * a.width, a.width, sequence, keys, stride);
+  Head value = head_of(a.geometry, a.value, group * a.out_width, a.out_width, sequence, values,
+                       out_stride);
+  Head query = head_of(a.geometry, a.query, head * a.width, a.width, sequence, queries, stride);
   auto tile = attend_tile<false>;
 #if defined(KERNEL_AVX512_BF16)
   if (a.halves) {
     tile = attend_tile<true>;
-    key = paired(key, tiles, a.width, false, keys);
-    value = paired(value, tiles, a.out_width, true, values);
-    if (a.geometry.tokens % 2) drop_token(value, a.geometry.tokens, a.out_width);
-    query = paired(query, tiles, a.width, false, queries);
+    key = paired_features(key, tiles, a.width, keys, stride);
+    value = paired_tokens(value, tiles, a.out_width, values, out_stride);
+    drop_tokens(value, a.geometry.tokens, a.out_width);
+    query = paired_features(query, tiles, a.width, queries, stride);
+    if (kMatrixUnit) key = turned_keys(key, tiles, pairs, turned);
   }
 #endif
+  MatrixUnit unit(kChunk);
   for (int64_t first = 0; first < a.geometry.padded(); first += kTile)
     tile(a, sequence, head, first, query, key, value, rest);
 }

@@ -19,8 +19,13 @@ struct Attention {
   int64_t tiles() const { return (geometry.padded() + kTile - 1) / kTile; }
 };
 
+// Up to the next multiple of what a matrix unit takes at once.
+inline int64_t whole_groups(int64_t count) { return (count + kChunk - 1) / kChunk * kChunk; }
+
 // Floats that `attend` needs for itself: keys, values and queries where they have to be copied or
-// paired, the scores of one tile of queries, and its result.
+// paired, keys turned, the scores of one tile of queries, and its result.
 inline int64_t scratch_floats(const Attention& a) {
-  return kTile * (a.tiles() * (2 * (a.width + 1) + a.out_width + kTile) + a.out_width);
+  int64_t pairs = whole_groups((a.width + 1) / 2), width = a.width + 1 + kChunk;
+  int64_t tile = 2 * width + pairs + whole_groups(a.out_width) + kTile;
+  return kTile * (a.tiles() * tile + whole_groups(a.out_width));
 }

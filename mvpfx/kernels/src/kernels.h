@@ -3,14 +3,22 @@
 #include "attention.h"
 #include "edges.h"
 #include "multiply.h"
+#include "multiply_matrix.h"
 #include "norm.h"
 #include "table.h"
+
+#if defined(KERNEL_AMX)
+#define KERNEL_MATRIX true
+#else
+#define KERNEL_MATRIX false
+#endif
 
 #define KERNEL_TEXT_(x) #x
 #define KERNEL_TEXT(x) KERNEL_TEXT_(x)
 
 const Kernels KERNEL_TABLE = {KERNEL_TEXT(KERNEL_ISA),
                               KERNEL_HALVES,
+                              KERNEL_MATRIX,
                               KERNEL_ISA::kStrip,
                               KERNEL_ISA::multiply,
                               KERNEL_ISA::pair_features,

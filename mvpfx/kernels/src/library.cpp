@@ -1,4 +1,5 @@
 // The library's C interface. All sizes and strides are in elements; pointers are those of tensors.
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -8,9 +9,32 @@
 #include "parallel.h"
 #include "table.h"
 
+#if defined(HAS_AMX_KERNELS)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace {
 
+#if defined(HAS_AMX_KERNELS)
+// Whether the processor has AMX, and the system lets this process use it.
+bool amx_is_there() {
+  __builtin_cpu_init();
+  unsigned a, b, c, d = 0;
+  constexpr unsigned kTiles = 1u << 24, kBf16 = 1u << 22;
+  constexpr long kAskForState = 0x1023, kTileData = 18;  // arch_prctl(2): ARCH_REQ_XCOMP_PERM
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) && (d & kBf16) &&
+         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+}
+#endif
+
 const Kernels* best() {
+#if defined(HAS_AMX_KERNELS)
+  if (amx_is_there()) return &kAmx;
+#endif
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -36,14 +60,14 @@ class Scratch {
   std::vector<float> held_;
 };
 
-// A tile, and the memory of its own: `scratch` floats.
+// Tiles, and the memory of their own: `scratch` floats each.
 struct Span {
-  int64_t tile;
+  Range tiles;
   float* own;
   int64_t scratch;
 
   Slice place(Slice slice) const {
-    if (slice.stride == 0) return {own - tile * scratch, scratch, slice.first};
+    if (slice.stride == 0) return {own - tiles.first * scratch, scratch, slice.first};
     return slice;
   }
   Slice place_if_any(Slice slice) const {
@@ -51,7 +75,11 @@ struct Span {
   }
 };
 
-constexpr int64_t kAllPanels = INT64_MAX;
+constexpr Range kAllPanels{0, INT64_MAX};
+
+// Tiles that a step is done for before the next step: weights that two of them meet are read once, and
+// what a step leaves is still in cache.
+constexpr int64_t kTogether = 2;
 
 // Enter or leave, for one tile.
 void cross_edge(const Kernels& table, const Geometry& geometry, const Step& step, int64_t tile,
@@ -74,35 +102,44 @@ void cross_edge(const Kernels& table, const Geometry& geometry, const Step& step
   }
 }
 
-// One step for one tile; of a product the panels [first, last).
+// A product, of it some panels.
+void run_product(const Kernels& table, const Geometry& geometry, const Step& step, Range tiles,
+                 Range panels, Slice input, const Slice& output, const Epilogue& epilogue) {
+  const Packed& packed = *step.packed;
+  if (packed.halves) {
+    static thread_local Scratch room;
+    int64_t stride = packed.columns * kTile;
+    Slice pairs{room.floats((tiles.last - tiles.first) * stride) - tiles.first * stride, stride, 0};
+    for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
+      int width = geometry.width(tile);
+      table.pair_features(step.features, width, input.at(tile, 0, width), pairs.at(tile, 0, width));
+    }
+    input = pairs;
+  }
+  panels.last = panels.last < packed.panels() ? panels.last : packed.panels();
+  table.multiply(packed, panels, geometry, tiles, input, output, epilogue);
+}
+
+// One step for some tiles; of a product some panels.
 void run_step(const Kernels& table, const Geometry& geometry, const Step& step, const Span& span,
-              int64_t first, int64_t last) {
+              Range panels) {
   Slice input = span.place(step.input), output = span.place(step.output);
   Epilogue epilogue{step.epilogue.bias, step.epilogue.activation,
                     span.place_if_any(step.epilogue.factor),
                     span.place_if_any(step.epilogue.addend)};
-  if (step.kind == kMultiply) {
-    const Packed& packed = *step.packed;
-    int width = geometry.width(span.tile);
-    const float* x = input.at(span.tile, 0, width);
-    if (packed.halves) {
-      static thread_local Scratch room;
-      float* pairs = room.floats(packed.columns * width);
-      table.pair_features(step.features, width, x, pairs);
-      x = pairs;
-    }
-    last = last < packed.panels() ? last : packed.panels();
-    table.multiply(packed, first, last, geometry, span.tile, x, output, epilogue);
-  } else if (step.kind == kNormalize) {
-    table.normalize(geometry, span.tile, input, output, step.features, step.weight, step.bias,
-                    step.epsilon, step.flag != 0);
-  } else if (step.kind == kCombine) {
-    table.combine(geometry, span.tile, input, output, step.features, epilogue);
-  } else if (step.kind == kRotate) {
-    table.rotate(geometry, span.tile, input, output, step.heads, step.features / step.heads,
-                 epilogue.factor, epilogue.addend);
-  } else {
-    cross_edge(table, geometry, step, span.tile, input, output);
+  if (step.kind == kMultiply)
+    return run_product(table, geometry, step, span.tiles, panels, input, output, epilogue);
+  for (int64_t tile = span.tiles.first; tile < span.tiles.last; ++tile) {
+    if (step.kind == kNormalize)
+      table.normalize(geometry, tile, input, output, step.features, step.weight, step.bias,
+                      step.epsilon, step.flag != 0);
+    else if (step.kind == kCombine)
+      table.combine(geometry, tile, input, output, step.features, epilogue);
+    else if (step.kind == kRotate)
+      table.rotate(geometry, tile, input, output, step.heads, step.features / step.heads,
+                   epilogue.factor, epilogue.addend);
+    else
+      cross_edge(table, geometry, step, tile, input, output);
   }
 }
 
@@ -119,8 +156,12 @@ EXPORT int mvpfx_use_isa(const char* name) {
   std::vector<const Kernels*> known{&kPlain};
 #if defined(__x86_64__)
   if (best() != &kPlain) known.push_back(&kAvx2);
-  if (best() == &kAvx512 || best() == &kAvx512Bf16) known.push_back(&kAvx512);
-  if (best() == &kAvx512Bf16) known.push_back(&kAvx512Bf16);
+  const bool halves = best()->halves;
+  if (halves || best() == &kAvx512) known.push_back(&kAvx512);
+  if (halves) known.push_back(&kAvx512Bf16);
+#if defined(HAS_AMX_KERNELS)
+  if (best() == &kAmx) known.push_back(&kAmx);
+#endif
 #endif
   for (const Kernels* one : known)
     if (std::strcmp(one->name, name) == 0) {
@@ -136,7 +177,7 @@ EXPORT int mvpfx_halves() { return kernels->halves; }
 EXPORT Packed* mvpfx_pack(int64_t rows, int64_t columns, int64_t block, int halves,
                           const int32_t* row_starts, const int32_t* column_indices,
                           const float* values) {
-  return pack(rows, columns, block, halves != 0, kernels->strip, row_starts, column_indices,
+  return pack(rows, columns, block, halves != 0, kernels->matrix, kernels->strip, row_starts, column_indices,
               values);
 }
 
@@ -144,16 +185,22 @@ EXPORT void mvpfx_free(Packed* packed) { delete packed; }
 
 namespace {
 
+void run_all(const Kernels& table, const Geometry& geometry, const Step* steps, int count,
+             const Span& span) {
+  for (int i = 0; i < count; ++i) run_step(table, geometry, steps[i], span, kAllPanels);
+}
+
 // Steps that are done tile by tile.
 void run_tiles(const Geometry& geometry, const Step* steps, int count, int64_t scratch,
                int threads) {
   const Kernels* table = kernels;
   int64_t tiles = geometry.tiles();
   if (tiles >= threads) {
-    parallel(tiles, threads, [&](int64_t tile) {
+    int64_t together = tiles >= kTogether * threads ? kTogether : 1;
+    parallel((tiles + together - 1) / together, threads, [&](int64_t job) {
       static thread_local Scratch own;
-      Span span{tile, own.floats(scratch), scratch};
-      for (int i = 0; i < count; ++i) run_step(*table, geometry, steps[i], span, 0, kAllPanels);
+      Range some{job * together, std::min((job + 1) * together, tiles)};
+      run_all(*table, geometry, steps, count, {some, own.floats(scratch * together), scratch});
     });
     return;
   }
@@ -164,8 +211,8 @@ void run_tiles(const Geometry& geometry, const Step* steps, int count, int64_t s
     int64_t panels = steps[i].kind == kMultiply ? steps[i].packed->panels() : 1;
     parallel(tiles * panels, threads, [&](int64_t job) {
       int64_t tile = job / panels, panel = job % panels;
-      Span span{tile, own + tile * scratch, scratch};
-      run_step(*table, geometry, steps[i], span, panel, panel + 1);
+      Span span{{tile, tile + 1}, own + tile * scratch, scratch};
+      run_step(*table, geometry, steps[i], span, {panel, panel + 1});
     });
   }
 }
@@ -201,13 +248,15 @@ void run_sequences(const Geometry& geometry, const Step* steps, int count, int64
   int64_t tiles = geometry.padded() / kTile;
   parallel(geometry.sequences, threads, [&](int64_t sequence) {
     static thread_local Scratch memory;
-    float* own = memory.floats(scratch);
+    float* own = memory.floats(scratch * kTogether);
     for (int i = 0; i < count; ++i) {
       int end = i;
       while (end < count && steps[end].kind != kAttend) ++end;
-      for (int64_t tile = sequence * tiles; tile < (sequence + 1) * tiles; ++tile)
-        for (int j = i; j < end; ++j)
-          run_step(*kernels, geometry, steps[j], {tile, own, scratch}, 0, kAllPanels);
+      int64_t last = (sequence + 1) * tiles;
+      for (int64_t tile = sequence * tiles; tile < last; tile += kTogether) {
+        Range some{tile, std::min(tile + kTogether, last)};
+        run_all(*kernels, geometry, steps + i, end - i, {some, own, scratch});
+      }
       i = end;
       if (end == count) return;
       Attention attention = attention_of(geometry, steps[end]);

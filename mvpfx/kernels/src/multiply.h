@@ -226,17 +226,6 @@ void multiply_panel(const Packed& packed, int64_t panel, int64_t tile, int width
   }
 }
 
-// Panels [first, last) for one tile.
-void multiply(const Packed& packed, int64_t first, int64_t last, const Geometry& geometry,
-              int64_t tile, const float* input, const Slice& output, const Epilogue& epilogue) {
-  int width = geometry.width(tile);
-  auto panel = packed.halves ? (packed.group == 2 ? multiply_panel<2, true> : multiply_panel<4, true>)
-                             : (packed.group == 2 ? multiply_panel<2, false>
-                                                  : multiply_panel<4, false>);
-  for (int64_t at = first; at < last; ++at)
-    panel(packed, at, tile, width, input, output.at(tile, 0, width), epilogue);
-}
-
 // Pairs of neighbouring features of one tile as bfloat16, as `halves` of a weight meet them.
 void pair_features(int64_t features, int width, const float* input, float* pairs) {
   constexpr int kVectors = kChunk / kLanes;

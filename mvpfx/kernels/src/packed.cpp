@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "packed_matrix.h"
+#include "rows.h"
 #include "tiles.h"
 
 namespace {
@@ -11,13 +13,6 @@ constexpr double kSharedAtLeast = 0.7;  // of what four rows hold in common colu
 
 // Rows of a block: their sums, 64 tokens of each, take 192 KiB.
 constexpr int64_t kPanel = 768;
-
-struct Entry {
-  int32_t column;
-  float value;
-};
-
-using Rows = std::vector<std::vector<Entry>>;
 
 // The nonzeros of each row, columns ascending. A block's zeros are left out.
 Rows read_rows(int64_t rows, int64_t block, const int32_t* starts, const int32_t* columns,
@@ -51,12 +46,6 @@ void pair_columns(std::vector<Entry>& row) {
     std::memcpy(&row[count++].value, &both, sizeof(both));
   }
   row.resize(count);
-}
-
-// Ascending, each once.
-void tidy(std::vector<int32_t>& columns) {
-  std::sort(columns.begin(), columns.end());
-  columns.erase(std::unique(columns.begin(), columns.end()), columns.end());
 }
 
 // Whether four neighbouring rows mostly have the same columns.
@@ -179,22 +168,44 @@ class Packer {
   std::vector<size_t> next_;  // first entry of each row that is not packed yet
 };
 
+void pair_all(Packed* packed, Rows& rows) {
+  for (std::vector<Entry>& row : rows) pair_columns(row);
+  packed->columns = (packed->columns + 1) / 2;
+  packed->halves = true;
+}
+
+// For a matrix unit, if it is faster.
+bool pack_pairs(Packed* packed, const Rows& rows) {
+  int64_t entries = 0;
+  for (const std::vector<Entry>& row : rows) entries += row.size();
+  Rows pairs = rows;
+  Packed wanted = *packed;
+  pair_all(&wanted, pairs);
+  if (!pack_matrix(&wanted, pairs, entries)) return false;
+  *packed = std::move(wanted);
+  return true;
+}
+
 }  // namespace
 
-Packed* pack(int64_t rows, int64_t columns, int64_t block, bool halves, int strip,
+void tidy(std::vector<int32_t>& columns) {
+  std::sort(columns.begin(), columns.end());
+  columns.erase(std::unique(columns.begin(), columns.end()), columns.end());
+}
+
+Packed* pack(int64_t rows, int64_t columns, int64_t block, bool halves, bool matrix, int strip,
              const int32_t* row_starts, const int32_t* column_indices, const float* values) {
   Rows found = read_rows(rows, block, row_starts, column_indices, values);
-  if (halves) {
-    for (std::vector<Entry>& row : found) pair_columns(row);
-    columns = (columns + 1) / 2;
-  }
   Packed* packed = new Packed{};
   packed->rows = rows;
   packed->columns = columns;
-  packed->halves = halves;
   packed->group = rows_share(found) ? 4 : 2;
   packed->panel = kPanel;
-  packed->depth = depth_for(found, columns, strip);
+  if (halves && matrix && pack_pairs(packed, found)) return packed;
+  // Where there is a matrix unit, vectors multiply floats faster than they do pairs.
+  if (halves && !matrix) pair_all(packed, found);
+  packed->group = rows_share(found) ? 4 : 2;
+  packed->depth = depth_for(found, packed->columns, strip);
   Packer(packed, found).run();
   return packed;
 }

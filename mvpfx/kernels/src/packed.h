@@ -10,6 +10,14 @@ struct Block {
   int64_t entry;        // the first entry of its first unit
 };
 
+// The most rows that a matrix unit multiplies at once, and pairs of columns.
+constexpr int kMatrixRows = 16, kMatrixPairs = 16;
+
+// What a row has in a group of columns.
+struct alignas(64) Line {
+  float values[kMatrixPairs];
+};
+
 struct Packed {
   int64_t rows;
   int64_t columns;    // of pairs, where `halves`
@@ -25,6 +33,13 @@ struct Packed {
   // An offset is that of a column within its block, in tokens of a full tile.
   std::vector<uint16_t> offsets;
   std::vector<float> values;
+  // Where it lies instead as a matrix unit reads it, the rows that are multiplied at once, else 0. Of so
+  // many rows there are groups of 16 columns that any of them has, with a line for each row.
+  int matrix;
+  std::vector<int64_t> starts;  // first group of each so many rows, then how many there are
+  std::vector<int32_t> pairs;   // columns, 16 a group, ascending
+  std::vector<Line> lines;
+  int64_t group_count() const { return static_cast<int64_t>(pairs.size()) / kMatrixPairs; }
   int64_t panels() const { return (rows + panel - 1) / panel; }
   // At least one, for the bias.
   int64_t depths() const { return columns ? (columns + depth - 1) / depth : 1; }
@@ -33,7 +48,8 @@ struct Packed {
 // The most columns of a block.
 constexpr int64_t kDeepest = 384;
 
-// With `halves` the values have to be numbers that bfloat16 has. `strip`: how many tokens the kernels
+// With `halves` the values have to be numbers that bfloat16 has; with `matrix` they may be packed for a
+// matrix unit. `strip`: how many tokens the kernels
 // sum at once that will read it fastest.
-Packed* pack(int64_t rows, int64_t columns, int64_t block, bool halves, int strip,
+Packed* pack(int64_t rows, int64_t columns, int64_t block, bool halves, bool matrix, int strip,
              const int32_t* row_starts, const int32_t* column_indices, const float* values);

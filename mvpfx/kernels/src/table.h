@@ -8,9 +8,10 @@
 struct Kernels {
   const char* name;
   bool halves;  // whether products of bfloat16 are faster than those of floats
+  bool matrix;  // whether there is a matrix unit for them
   int strip;    // tokens of a tile that are summed at once
-  void (*multiply)(const Packed&, int64_t first_panel, int64_t last_panel, const Geometry&,
-                   int64_t tile, const float* input, const Slice& output, const Epilogue&);
+  void (*multiply)(const Packed&, Range panels, const Geometry&, Range tiles, const Slice& input,
+                   const Slice& output, const Epilogue&);
   void (*pair_features)(int64_t features, int width, const float* input, float* pairs);
   void (*normalize)(const Geometry&, int64_t tile, const Slice& input, const Slice& output,
                     int64_t features, const float* weight, const float* bias, float epsilon,
@@ -35,4 +36,8 @@ extern const Kernels kPlain;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Bf16;
+#if defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#define HAS_AMX_KERNELS
+extern const Kernels kAmx;
+#endif
 #endif

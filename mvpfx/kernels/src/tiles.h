@@ -26,6 +26,11 @@ struct Geometry {
   }
 };
 
+// [first, last).
+struct Range {
+  int64_t first, last;
+};
+
 // Some neighbouring features of tiled activations.
 struct Slice {
   float* data;     // of all features; nullptr where there are none
