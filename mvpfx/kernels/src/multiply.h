@@ -60,6 +60,16 @@ inline void expect(const int32_t* unit, const Strip& strip, int width) {
       __builtin_prefetch(strip.output + int64_t{unit[r]} * width + lane, 1);
 }
 
+// Asks for some of the columns after a block of so many: with each unit two cache lines, so that all are
+// near when their turn comes.
+inline void approach(const Strip& strip, int64_t depth, int64_t unit) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  const float* next = strip.input + depth * kTile + 2 * unit * kLine;
+  if (2 * unit * kLine >= depth * kTile) return;
+  __builtin_prefetch(next, 0, 2);
+  __builtin_prefetch(next + kLine, 0, 2);
+}
+
 // sums + w * x, or of both halves.
 template <bool kHalves>
 inline Vector add_product(Vector sums, Vector w, Vector x) {
@@ -93,7 +103,8 @@ void multiply_strip(const Packed& packed, const Block& block, const Epilogue& ep
   const float* values = packed.values.data() + block.entry * kGroup;
   const uint16_t* offsets = packed.offsets.data() + (kGroup == 2 ? 2 : 1) * block.entry;
   for (int64_t u = 0; u < block.units; ++u, unit += kGroup + 1) {
-    if (kNarrow && u + 1 < block.units) expect<kGroup, kVectors>(unit + kGroup + 1, strip, width);
+    if (kFull && !kNarrow) approach(strip, packed.depth, u);
+    if (u + 1 < block.units) expect<kGroup, kVectors>(unit + kGroup + 1, strip, width);
     Vector sums[kGroup][kVectors];
     float* to[kGroup];
 #pragma GCC unroll 4

@@ -168,6 +168,7 @@ class Packer {
   std::vector<size_t> next_;  // first entry of each row that is not packed yet
 };
 
+// All rows, in whose place there are pairs of columns then.
 void pair_all(Packed* packed, Rows& rows) {
   for (std::vector<Entry>& row : rows) pair_columns(row);
   packed->columns = (packed->columns + 1) / 2;
@@ -203,8 +204,10 @@ Packed* pack(int64_t rows, int64_t columns, int64_t block, bool halves, bool mat
   packed->panel = kPanel;
   if (halves && matrix && pack_pairs(packed, found)) return packed;
   // Where there is a matrix unit, vectors multiply floats faster than they do pairs.
-  if (halves && !matrix) pair_all(packed, found);
-  packed->group = rows_share(found) ? 4 : 2;
+  if (halves && !matrix) {
+    pair_all(packed, found);
+    packed->group = rows_share(found) ? 4 : 2;
+  }
   packed->depth = depth_for(found, packed->columns, strip);
   Packer(packed, found).run();
   return packed;
