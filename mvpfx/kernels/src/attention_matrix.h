@@ -13,42 +13,13 @@ namespace KERNEL_ISA {
 template <int kChunks>
 void matrix_products(const float* left, int64_t left_row, const float* right, int64_t pairs,
                      float* out, int64_t rows, bool more) {
-  constexpr int kStride = kTile * sizeof(float);
-  const int64_t step = left_row * int64_t{sizeof(float)};
   for (int64_t r = 0; r < rows; r += kChunk) {
-    float* to = out + r * kTile;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    if (more) {
-      _tile_loadd(0, to, kStride);
-      if constexpr (kChunks > 1) _tile_loadd(1, to + kChunk, kStride);
-      if constexpr (kChunks > 2) _tile_loadd(2, to + 2 * kChunk, kStride);
-      if constexpr (kChunks > 3) _tile_loadd(3, to + 3 * kChunk, kStride);
-    }
-    for (int64_t i = 0; i < pairs; i += kChunk) {
-      const float* x = right + i * kTile;
-      _tile_loadd(4, left + r * left_row + i, step);
-      _tile_loadd(5, x, kStride);
-      _tile_dpbf16ps(0, 4, 5);
-      if constexpr (kChunks > 1) {
-        _tile_loadd(6, x + kChunk, kStride);
-        _tile_dpbf16ps(1, 4, 6);
-      }
-      if constexpr (kChunks > 2) {
-        _tile_loadd(7, x + 2 * kChunk, kStride);
-        _tile_dpbf16ps(2, 4, 7);
-      }
-      if constexpr (kChunks > 3) {
-        _tile_loadd(5, x + 3 * kChunk, kStride);
-        _tile_dpbf16ps(3, 4, 5);
-      }
-    }
-    _tile_stored(0, to, kStride);
-    if constexpr (kChunks > 1) _tile_stored(1, to + kChunk, kStride);
-    if constexpr (kChunks > 2) _tile_stored(2, to + 2 * kChunk, kStride);
-    if constexpr (kChunks > 3) _tile_stored(3, to + 3 * kChunk, kStride);
+    if (more) load_sums<kChunks>(out + r * kTile);
+    else zero_sums();
+    for (int64_t i = 0; i < pairs; i += kChunk)
+      add_matrices<kChunks>(left + r * left_row + i, left_row * int64_t{sizeof(float)},
+                            right + i * kTile, kChunk, kSumStride);
+    store_sums<kChunks>(out + r * kTile);
   }
 }
 

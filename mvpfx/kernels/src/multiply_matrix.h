@@ -24,8 +24,8 @@ inline Gathered gather(const int32_t* columns, const float* x, int64_t width, fl
   for (int p = 0; p < kMatrixPairs; ++p)
 #pragma GCC unroll 4
     for (int c = 0; c < kChunks; ++c)
-      store(copy + c * kTile * 4 + p * kChunk, load(x + columns[p] * width + c * kChunk));
-  return {copy, kTile * 4, kChunk};
+      store(copy + (c * kMatrixPairs + p) * kChunk, load(x + columns[p] * width + c * kChunk));
+  return {copy, kMatrixPairs * kChunk, kChunk};
 }
 
 // packed.matrix rows for kChunks times 16 tokens; rows of `sums` are 64 wide.
@@ -35,10 +35,7 @@ void sum_rows(const Packed& packed, int64_t first, int64_t last, const float* x,
   constexpr int64_t kGathered = int64_t{kMatrixPairs} * kTile;
   alignas(64) float copies[2 * kGathered];
   const int32_t* columns = packed.pairs.data();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  zero_sums();
   Gathered next{};
   if (first < last) next = gather<kChunks>(columns + first * kMatrixPairs, x, width, copies);
   for (int64_t g = first; g < last; ++g) {
@@ -48,28 +45,10 @@ void sum_rows(const Packed& packed, int64_t first, int64_t last, const float* x,
       next = gather<kChunks>(columns + (g + 1) * kMatrixPairs, x, width,
                              copies + (g + 1 - first) % 2 * kGathered);
     settle();
-    int64_t stride = now.line * int64_t{sizeof(float)};
-    _tile_loadd(4, packed.lines[g * packed.matrix].values, 64);
-    _tile_loadd(5, now.data, stride);
-    _tile_dpbf16ps(0, 4, 5);
-    if constexpr (kChunks > 1) {
-      _tile_loadd(6, now.data + now.chunk, stride);
-      _tile_dpbf16ps(1, 4, 6);
-    }
-    if constexpr (kChunks > 2) {
-      _tile_loadd(7, now.data + 2 * now.chunk, stride);
-      _tile_dpbf16ps(2, 4, 7);
-    }
-    if constexpr (kChunks > 3) {
-      _tile_loadd(5, now.data + 3 * now.chunk, stride);
-      _tile_dpbf16ps(3, 4, 5);
-    }
+    add_matrices<kChunks>(packed.lines[g * packed.matrix].values, sizeof(Line), now.data, now.chunk,
+                          now.line * int64_t{sizeof(float)});
   }
-  constexpr int kStride = kTile * sizeof(float);
-  _tile_stored(0, sums, kStride);
-  if constexpr (kChunks > 1) _tile_stored(1, sums + kChunk, kStride);
-  if constexpr (kChunks > 2) _tile_stored(2, sums + 2 * kChunk, kStride);
-  if constexpr (kChunks > 3) _tile_stored(3, sums + 3 * kChunk, kStride);
+  store_sums<kChunks>(sums);
   settle();
 }
 #else

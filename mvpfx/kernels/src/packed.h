@@ -37,7 +37,7 @@ struct Packed {
   // many rows there are groups of 16 columns that any of them has, with a line for each row.
   int matrix;
   std::vector<int64_t> starts;  // first group of each so many rows, then how many there are
-  std::vector<int32_t> pairs;   // columns, 16 a group, ascending
+  std::vector<int32_t> pairs;   // columns, 16 a group; those that follow each other are read in place
   std::vector<Line> lines;
   int64_t group_count() const { return static_cast<int64_t>(pairs.size()) / kMatrixPairs; }
   int64_t panels() const { return (rows + panel - 1) / panel; }
@@ -49,7 +49,6 @@ struct Packed {
 constexpr int64_t kDeepest = 384;
 
 // With `halves` the values have to be numbers that bfloat16 has; with `matrix` they may be packed for a
-// matrix unit. `strip`: how many tokens the kernels
-// sum at once that will read it fastest.
+// matrix unit. `strip`: how many tokens the kernels sum at once that will read it fastest.
 Packed* pack(int64_t rows, int64_t columns, int64_t block, bool halves, bool matrix, int strip,
              const int32_t* row_starts, const int32_t* column_indices, const float* values);
