@@ -238,37 +238,33 @@ inline Head paired_features(const Head& head, int64_t tiles, int64_t features, f
 // Tokens from `token` on that only fill up the last pair, or the last pairs of a matrix unit: whatever
 // they hold is multiplied by zero.
 inline void drop_tokens(const Head& head, int64_t token, int64_t features) {
-  int64_t lane = token % kTile / 2, end = kMatrixUnit ? kTile / 2 : (token % kTile + 1) / 2;
-  if (token % kTile == 0) return;
+  const int64_t inside = token % kTile, lane = inside / 2;
+  const int64_t end = kMatrixUnit && inside ? kTile / 2 : (inside + 1) / 2;
+  if (lane == end) return;
   float* row = const_cast<float*>(head.data) + token / kTile * head.stride;
   for (int64_t f = 0; f < features; ++f, row += kTile / 2) {
     uint32_t bits;
     std::memcpy(&bits, row + lane, sizeof(bits));
     bits = token % 2 ? bits & 0xffff : 0;
-    if (lane < end) std::memcpy(row + lane, &bits, sizeof(bits));
+    std::memcpy(row + lane, &bits, sizeof(bits));
     for (int64_t i = lane + 1; i < end; ++i) row[i] = 0.0f;
   }
 }
 
-// Keys token by token, where a matrix unit reads them.
+// Keys token by token, as a matrix unit reads them.
 inline Head turned_keys(const Head& head, int64_t tiles, int64_t pairs, float* room) {
-#if defined(KERNEL_AMX)
   for (int64_t tile = 0; tile < tiles; ++tile)
     turn_pairs(head.data + tile * head.stride, pairs, room + tile * pairs * kTile);
   return {room, pairs * kTile};
-#else
-  static_cast<void>(tiles), static_cast<void>(pairs), static_cast<void>(room);
-  return head;
-#endif
 }
 #endif
 
 // All queries of one head of one sequence.
 void attend(const Attention& a, int64_t sequence, int64_t head, float* scratch) {
   int64_t group = head / (a.heads / a.groups), tiles = a.tiles();
-  float* keys = scratch;
   const int64_t stride = kTile * (a.width + 1 + kChunk), out_stride = kTile * whole_groups(a.out_width);
   const int64_t pairs = whole_groups((a.width + 1) / 2);
+  float* keys = scratch;
   float* values = keys + tiles * stride;
   float* queries = values + tiles * out_stride;
   float* turned = queries + tiles * stride;
@@ -277,20 +273,22 @@ void attend(const Attention& a, int64_t sequence, int64_t head, float* scratch) 
   Head value = head_of(a.geometry, a.value, group * a.out_width, a.out_width, sequence, values,
                        out_stride);
   Head query = head_of(a.geometry, a.query, head * a.width, a.width, sequence, queries, stride);
-  auto tile = attend_tile<false>;
+  const int64_t padded = a.geometry.padded();
 #if defined(KERNEL_AVX512_BF16)
   if (a.halves) {
-    tile = attend_tile<true>;
     key = paired_features(key, tiles, a.width, keys, stride);
     value = paired_tokens(value, tiles, a.out_width, values, out_stride);
     drop_tokens(value, a.geometry.tokens, a.out_width);
     query = paired_features(query, tiles, a.width, queries, stride);
     if (kMatrixUnit) key = turned_keys(key, tiles, pairs, turned);
+    MatrixUnit unit(kChunk);
+    for (int64_t first = 0; first < padded; first += kTile)
+      attend_tile<true>(a, sequence, head, first, query, key, value, rest);
+    return;
   }
 #endif
-  MatrixUnit unit(kChunk);
-  for (int64_t first = 0; first < a.geometry.padded(); first += kTile)
-    tile(a, sequence, head, first, query, key, value, rest);
+  for (int64_t first = 0; first < padded; first += kTile)
+    attend_tile<false>(a, sequence, head, first, query, key, value, rest);
 }
 
 }  // namespace KERNEL_ISA

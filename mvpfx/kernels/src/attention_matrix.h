@@ -32,6 +32,7 @@ inline void matrix_products(const float* left, int64_t left_row, const float* ri
   kProducts[queries / kChunk - 1](left, left_row, right, pairs, out, rows, more);
   settle();
 }
+#endif
 
 // Pairs of features of 64 tokens, [pairs, 64], token by token: [64, pairs], in sixteens.
 inline void turn_pairs(const float* from, int64_t pairs, float* to) {
@@ -45,6 +46,5 @@ inline void turn_pairs(const float* from, int64_t pairs, float* to) {
       for (int i = 0; i < kChunk; ++i) write_row(to + (token + i) * pairs + p, rows[i]);
     }
 }
-#endif
 
 }  // namespace KERNEL_ISA

@@ -1,5 +1,5 @@
 // All kernels, for the instruction set that the including file has chosen: KERNEL_ISA (namespace),
-// KERNEL_VECTOR_BYTES, KERNEL_WIDE, KERNEL_ROWS, KERNEL_HALVES and KERNEL_TABLE.
+// KERNEL_VECTOR_BYTES, KERNEL_WIDE, KERNEL_ROWS and KERNEL_TABLE.
 #include "attention.h"
 #include "edges.h"
 #include "multiply.h"
@@ -7,18 +7,12 @@
 #include "norm.h"
 #include "table.h"
 
-#if defined(KERNEL_AMX)
-#define KERNEL_MATRIX true
-#else
-#define KERNEL_MATRIX false
-#endif
-
 #define KERNEL_TEXT_(x) #x
 #define KERNEL_TEXT(x) KERNEL_TEXT_(x)
 
 const Kernels KERNEL_TABLE = {KERNEL_TEXT(KERNEL_ISA),
-                              KERNEL_HALVES,
-                              KERNEL_MATRIX,
+                              KERNEL_ISA::kHasHalves,
+                              KERNEL_ISA::kMatrixUnit,
                               KERNEL_ISA::kStrip,
                               KERNEL_ISA::multiply,
                               KERNEL_ISA::pair_features,

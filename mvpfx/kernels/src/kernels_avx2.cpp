@@ -10,7 +10,6 @@
 #define KERNEL_VECTOR_BYTES 32
 #define KERNEL_WIDE 4
 #define KERNEL_ROWS 2
-#define KERNEL_HALVES false
 #include "kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop

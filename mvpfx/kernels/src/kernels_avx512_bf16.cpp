@@ -4,15 +4,10 @@
 #else
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,fma,avx2,prefer-vector-width=512")
 #endif
-#define KERNEL_AVX512
 #define KERNEL_AVX512_BF16
 #define KERNEL_ISA avx512_bf16
 #define KERNEL_TABLE kAvx512Bf16
-#define KERNEL_VECTOR_BYTES 64
-#define KERNEL_WIDE 4
-#define KERNEL_ROWS 6
-#define KERNEL_HALVES true
-#include "kernels.h"
+#include "avx512.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

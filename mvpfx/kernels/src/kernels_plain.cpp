@@ -4,5 +4,4 @@
 #define KERNEL_VECTOR_BYTES 16
 #define KERNEL_WIDE 4
 #define KERNEL_ROWS 2
-#define KERNEL_HALVES false
 #include "kernels.h"

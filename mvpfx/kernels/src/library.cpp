@@ -20,26 +20,25 @@ namespace {
 #if defined(HAS_AMX_KERNELS)
 // Whether the processor has AMX, and the system lets this process use it.
 bool amx_is_there() {
-  __builtin_cpu_init();
   unsigned a, b, c, d = 0;
   constexpr unsigned kTiles = 1u << 24, kBf16 = 1u << 22;
   constexpr long kAskForState = 0x1023, kTileData = 18;  // arch_prctl(2): ARCH_REQ_XCOMP_PERM
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) && (d & kBf16) &&
-         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
 }
 #endif
 
 const Kernels* best() {
-#if defined(HAS_AMX_KERNELS)
-  if (amx_is_there()) return &kAmx;
-#endif
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return __builtin_cpu_supports("avx512bf16") ? &kAvx512Bf16 : &kAvx512;
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (!__builtin_cpu_supports("avx512bf16")) return &kAvx512;
+#if defined(HAS_AMX_KERNELS)
+    if (amx_is_there()) return &kAmx;
+#endif
+    return &kAvx512Bf16;
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kAvx2;
 #endif
   return &kPlain;
@@ -116,7 +115,7 @@ void run_product(const Kernels& table, const Geometry& geometry, const Step& ste
     }
     input = pairs;
   }
-  panels.last = panels.last < packed.panels() ? panels.last : packed.panels();
+  panels.last = std::min(panels.last, packed.panels());
   table.multiply(packed, panels, geometry, tiles, input, output, epilogue);
 }
 
@@ -177,8 +176,8 @@ EXPORT int mvpfx_halves() { return kernels->halves; }
 EXPORT Packed* mvpfx_pack(int64_t rows, int64_t columns, int64_t block, int halves,
                           const int32_t* row_starts, const int32_t* column_indices,
                           const float* values) {
-  return pack(rows, columns, block, halves != 0, kernels->matrix, kernels->strip, row_starts, column_indices,
-              values);
+  return pack(rows, columns, block, halves != 0, kernels->matrix, kernels->strip, row_starts,
+              column_indices, values);
 }
 
 EXPORT void mvpfx_free(Packed* packed) { delete packed; }

@@ -113,14 +113,12 @@ void multiply(const Packed& packed, Range panels, const Geometry& geometry, Rang
     return multiply_matrix(packed, panels.first * packed.panel,
                            std::min(panels.last * packed.panel, packed.rows), geometry, tiles, input,
                            output, epilogue);
-  auto multiply = packed.halves ? (packed.group == 2 ? multiply_panel<2, true> : multiply_panel<4, true>)
-                                : (packed.group == 2 ? multiply_panel<2, false>
-                                                     : multiply_panel<4, false>);
+  auto one = packed.halves ? (packed.group == 2 ? multiply_panel<2, true> : multiply_panel<4, true>)
+                           : (packed.group == 2 ? multiply_panel<2, false> : multiply_panel<4, false>);
   for (int64_t panel = panels.first; panel < panels.last; ++panel)
     for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
       int width = geometry.width(tile);
-      multiply(packed, panel, tile, width, input.at(tile, 0, width), output.at(tile, 0, width),
-               epilogue);
+      one(packed, panel, tile, width, input.at(tile, 0, width), output.at(tile, 0, width), epilogue);
     }
 }
 

@@ -19,6 +19,12 @@ constexpr int kLanes = KERNEL_VECTOR_BYTES / 4;
 constexpr int kWide = KERNEL_WIDE;
 constexpr int kStrip = kWide * kLanes;
 constexpr int kRows = KERNEL_ROWS;
+// Whether an instruction multiplies pairs of bfloat16.
+#if defined(KERNEL_AVX512_BF16)
+constexpr bool kHasHalves = true;
+#else
+constexpr bool kHasHalves = false;
+#endif
 
 typedef float Vector __attribute__((vector_size(KERNEL_VECTOR_BYTES), aligned(KERNEL_VECTOR_BYTES)));
 typedef float Unaligned __attribute__((vector_size(KERNEL_VECTOR_BYTES), aligned(4), may_alias));
