@@ -66,6 +66,13 @@ def test_the_cells_of_the_study_differ() -> None:
     assert {cell.density for cell in cells} >= {1.0, 0.10, 0.05, 0.03}
 
 
+def test_a_teacher_has_to_be_there(folders: dict[str, Path]) -> None:
+    taught = ("--method", "movement", "--density", "0.5", "--teacher", "--seed", "3")
+    with pytest.raises(SystemExit, match=r"toy-3\.pt.*--method dense --seed 3.*--teachers"):
+        run(folders, *taught)
+    assert not (folders["--model"].parent / "accuracy.jsonl").exists()
+
+
 def test_what_to_run_has_to_be_said(folders: dict[str, Path]) -> None:
     with pytest.raises(SystemExit, match="say which cell"):
         run(folders)
