@@ -180,11 +180,6 @@ def run_all(cells: list[Cell], options: argparse.Namespace) -> None:
             raise SystemExit(f"{data} has no dev.tsv, on which settings are chosen")
         workload.model.to(options.device)
         saved = options.teachers / f"{cell.task}-{cell.seed}.pt"
-        if cell.teacher and not saved.is_file():
-            raise SystemExit(
-                f"{cell.task}: no teacher {saved}, dense model of seed {cell.seed}: train it with "
-                f"--method {DENSE} --seed {cell.seed}, or name its folder with --teachers"
-            )
         teacher = load_teacher(cell, workload, saved) if cell.teacher else None
         model, result = run(cell, workload, teacher)
         if cell.method == DENSE:
@@ -200,6 +195,11 @@ def run_all(cells: list[Cell], options: argparse.Namespace) -> None:
 
 def load_teacher(cell: Cell, workload: Workload, saved: Path) -> Teacher:
     """The dense model of the same task and seed, trained before."""
+    if not saved.is_file():
+        raise SystemExit(
+            f"{cell.task}: no teacher {saved}, dense model of seed {cell.seed}: train it with "
+            f"--method {DENSE} --seed {cell.seed}, or name its folder with --teachers"
+        )
     model = copy.deepcopy(workload.model).eval()
     device = next(model.parameters()).device
     model.load_state_dict(torch.load(saved, map_location=device))

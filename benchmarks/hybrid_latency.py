@@ -32,7 +32,6 @@ from torch import Tensor, nn
 
 import mvpfx
 from benchmarks import measure, results_file, structured_table
-from mvpfx.break_even import processor
 from mvpfx.storage import SparseLinear
 
 DENSITIES = (0.5, 0.25, 0.125)
@@ -236,7 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--multiple-of", type=int, default=1, help="as in mvpfx.convert")
     parser.add_argument("--rounds", type=int, default=30, help="timed calls of each")
     parser.add_argument("--threads", type=int, default=1)
-    output = results_file.FOLDER / f"hybrid_latency_{processor()}.json"
+    output = results_file.FOLDER / f"hybrid_latency_{results_file.processor_kind()}.json"
     parser.add_argument("--output", type=Path, default=output, help="default: by processor")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

@@ -12,10 +12,9 @@ from typing import Any
 from benchmarks import results_file
 from benchmarks.hybrid_latency import DTYPES
 from benchmarks.inference_models import DENSE, MODELS, PATTERNS
-from mvpfx.break_even import processor
 
 FOLDER = results_file.FOLDER / "cpu_inference"
-RESULT = FOLDER / f"{processor()}.jsonl"
+RESULT = FOLDER / f"{results_file.processor_kind()}.jsonl"
 """Each kind of processor has a file of its own."""
 
 

@@ -75,7 +75,7 @@ def summary(results: Mapping[str, list[dict[str, Any]]]) -> str:
 
 def full_name(processor: str, line: dict[str, Any]) -> str:
     """A processor's name, and what tells it from others that have the same."""
-    return f"{line['environment']['processor']}, {processor}"
+    return f"{line['environment']['processor']}, {processor.partition('-')[0]}"
 
 
 def detail(found: dict[Cell, dict[float, dict[str, Any]]]) -> str:

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import results_file
-from mvpfx.break_even import processor
 from mvpfx.cost import Quartiles, compare
 from mvpfx.kernels.chain import Chain
 from mvpfx.kernels.library import isa
@@ -96,7 +95,7 @@ def main() -> None:
         "rounds": options.rounds,
         "rows": rows,
     }
-    results_file.write(FOLDER / f"{processor()}.json", result)
+    results_file.write(FOLDER / f"{results_file.processor_kind()}.json", result)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mvpfx import break_even
 
 FOLDER = Path(__file__).parent / "results"
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16")
@@ -43,6 +46,15 @@ def installed(package: str) -> str:
 def processor() -> str:
     """The processor's name, as the system tells it."""
     return _cpu_info("model name") or platform.processor() or "unknown"
+
+
+def processor_kind() -> str:
+    """Of a result file that one kind of processor has for itself: instructions-maker, "amx-intel".
+
+    Two makers' processors with the same instructions are not the same to a benchmark.
+    """
+    maker = re.match("[a-z0-9]+", processor().lower())
+    return f"{break_even.processor()}-{maker.group() if maker else 'unknown'}"
 
 
 def processor_flags() -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cpu_inference, engines, inference_cells, inference_models
+from benchmarks import cpu_inference, engines, inference_cells, inference_models, results_file
 from benchmarks.hybrid_latency import Shape
 from benchmarks.inference_cells import Cell
 from benchmarks.inference_models import MODELS, Model
@@ -280,3 +280,15 @@ def test_blocks_that_do_not_tile_are_refused() -> None:
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         inference_models.zeroed(inference_models.build(model), model, "blocks", 0.5, (4, 5))
+
+
+@pytest.mark.parametrize(
+    ("name", "maker"),
+    [("AMD EPYC", "amd"), ("Intel(R) Xeon(R) Processor", "intel"), ("(unnamed)", "unknown")],
+)
+def test_processors_of_two_makers_have_files_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, name: str, maker: str
+) -> None:
+    monkeypatch.setattr(results_file, "processor", lambda: name)
+    monkeypatch.setattr(results_file.break_even, "processor", lambda: "avx512_bf16")
+    assert results_file.processor_kind() == f"avx512_bf16-{maker}"
