@@ -162,6 +162,7 @@ class _ChainBuilder:
                 width**-0.5 if scale is None else scale,
                 options.get("causal", False),
                 options.get("beside", False),
+                options.get("shift", 0.0),
             )
         )
 

@@ -46,6 +46,8 @@ NORMS: dict[str, Compute] = {
     ),
     "weight last": lambda w, x, c, s: x * torch.rsqrt(x.pow(2).mean([-1], keepdim=True) + 1e-6) * w,
     "cast": lambda w, x, c, s: w * _normed(x.to(torch.float32)).to(torch.float64),
+    "weight and one": lambda w, x, c, s: (_normed(x.float()) * (1.0 + w.float())).type_as(x),
+    "one and a weight": lambda w, x, c, s: (w + 1) * _normed(x),
 }
 OTHERS: dict[str, Compute] = {
     "another dimension": lambda w, x, c, s: w * x * torch.rsqrt(x.pow(2).mean(2, True) + 1e-6),
@@ -55,7 +57,8 @@ OTHERS: dict[str, Compute] = {
     "a root": lambda w, x, c, s: w * (x * torch.sqrt(_variance(x) + 1e-6)),
     "no epsilon": lambda w, x, c, s: w * (x * torch.rsqrt(_variance(x))),
     "no weight": lambda w, x, c, s: x * (x * torch.rsqrt(_variance(x) + 1e-6)),
-    "weight and one": lambda w, x, c, s: (1 + w) * (x * torch.rsqrt(_variance(x) + 1e-6)),
+    "less a weight": lambda w, x, c, s: (1 - w) * (x * torch.rsqrt(_variance(x) + 1e-6)),
+    "two weights": lambda w, x, c, s: (w + w) * (x * torch.rsqrt(_variance(x) + 1e-6)),
     "no product": lambda w, x, c, s: w + (x * torch.rsqrt(_variance(x) + 1e-6)),
 }
 
@@ -73,6 +76,7 @@ def test_rms_norms(name: str) -> None:
     found = find_rms_norm(last(NORMS[name]))
     assert found is not None
     assert (found.x.name, found.weight.name, found.epsilon) == ("x", "weight", 1e-6)
+    assert found.shift == (1.0 if "one" in name else 0.0)
 
 
 @pytest.mark.parametrize("name", OTHERS)

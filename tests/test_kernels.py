@@ -114,6 +114,30 @@ def test_norms(shape: tuple[int, ...], centred: bool) -> None:
     assert largest(found, wanted) <= 2e-5
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 32), (1, 64, 48), (3, 100, 80)], ids=str)
+@pytest.mark.parametrize("centred", [True, False])
+def test_norms_of_heads(shape: tuple[int, ...], centred: bool) -> None:
+    """Each head by itself, with one weight for all, to which a number is added."""
+    x, width, heads = 3 + 5 * torch.randn(shape), shape[-1], 4
+    weight, bias = torch.randn(width // heads), torch.randn(width // heads)
+    ARGUMENTS[:] = [weight, bias]
+    step = Step(
+        "normalize",
+        Part(0, 0, width),
+        Part(1, 0, width),
+        (1, 2 if centred else -1),
+        epsilon=1e-5,
+        centred=centred,
+        heads=heads,
+        shift=1.0,
+    )
+    found = through(x, step, width=width)
+    x, weight, bias = x.double().unflatten(-1, (heads, -1)), weight.double() + 1, bias.double()
+    size = x.shape[-1:]
+    wanted = F.layer_norm(x, size, weight, bias) if centred else F.rms_norm(x, size, weight, 1e-5)
+    assert largest(found, wanted.flatten(-2)) <= 2e-5
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("density", [0.0, 0.03, 0.2, 1.0])
 def test_sparse_weights(shape: tuple[int, ...], density: float) -> None:

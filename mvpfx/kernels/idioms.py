@@ -15,15 +15,18 @@ from mvpfx.nodes import name_of
 
 PRODUCTS = ("mul", "__mul__", "__rmul__", "multiply")
 SUMS = ("add", "__add__", "__radd__")
+CONVERSIONS = (("float", 0), ("type_as", 1))
+"""Methods that convert to another dtype beside `to`, and how many arguments they have."""
 
 
 @dataclass(frozen=True)
 class RmsNorm:
-    """`weight * x / sqrt(mean(x^2) + epsilon)`, over the features of a token."""
+    """`(weight + shift) * x / sqrt(mean(x^2) + epsilon)`, over the features of a token."""
 
     x: fx.Node
     weight: fx.Node
     epsilon: float
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,23 @@ class Rotation:
 
 
 def find_rms_norm(node: fx.Node) -> RmsNorm | None:
-    """The norm whose last operation is this product."""
-    for weight, normed in _operands(node, PRODUCTS):
+    """The norm whose last operation is this product, or the conversion of what it gives."""
+    for factor, normed in _operands(_cast(node), PRODUCTS):
+        weight, shift = _shifted(factor)
         for x, inverse in _operands(_cast(normed), PRODUCTS):
             epsilon = _inverse_root(inverse, x)
             if epsilon is not None and weight.op == "get_attr":
-                return RmsNorm(_cast(x), weight, epsilon)
+                return RmsNorm(_cast(x), weight, epsilon, shift)
     return None
+
+
+def _shifted(node: fx.Node) -> tuple[fx.Node, float]:
+    """What a node is the sum of with a number, and that number; of anything else itself and 0."""
+    if _call(node) in SUMS and len(node.args) == 2 and not node.kwargs:
+        for term, number in (node.args, node.args[::-1]):
+            if isinstance(term, fx.Node) and isinstance(number, (int, float)):
+                return _cast(term), float(number)
+    return _cast(node), 0.0
 
 
 def _inverse_root(node: fx.Node, x: fx.Node) -> float | None:
@@ -132,9 +145,11 @@ def _only(node: fx.Node, name: str) -> fx.Node | None:
 
 def _cast(node: fx.Node) -> fx.Node:
     """What a node is a conversion of, to another dtype or to its own; else itself."""
-    while _call(node) == "to" and len(node.args) == 2 and not node.kwargs:
-        source, dtype = node.args
-        if not isinstance(source, fx.Node) or not str(dtype).startswith("torch."):
+    while node.args and not node.kwargs:
+        source, other = node.args[0], node.args[1:]
+        to_dtype = _call(node) == "to" and len(other) == 1 and str(other[0]).startswith("torch.")
+        known = to_dtype or (_call(node), len(other)) in CONVERSIONS
+        if not known or not isinstance(source, fx.Node):
             break
         node = source
     return node

@@ -81,7 +81,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
 }
 
 
-INTERFACE = Interface(_FUNCTIONS, "mvpfx_interface", version=2)
+INTERFACE = Interface(_FUNCTIONS, "mvpfx_interface", version=3)
 
 
 def no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -158,7 +158,7 @@ class PreparedChain:
         elif step.kind == "rotate":
             call.heads = step.heads
         elif step.kind == "normalize":
-            call.flag = step.centred
+            call.flag, call.heads = step.centred, step.heads
             self._fill_norm(call, step, arguments)
         elif step.kind == "enter":
             self._entering.append((call, step.sources[0]))
@@ -172,6 +172,8 @@ class PreparedChain:
             given = arguments[source] if source >= 0 else None
             if given is not None:
                 tensor = given.detach().float().contiguous()
+                if name == "weight" and step.shift:
+                    tensor = tensor + step.shift
                 self._alive.append(tensor)
                 setattr(call, name, tensor.data_ptr())
 

@@ -39,7 +39,13 @@ _SUMS = (*SUMS, "add_", "iadd")
 _PRODUCTS = (*PRODUCTS, "mul_", "imul")
 _SAME = ("contiguous", "clone", "detach")
 _VIEWS = ("view", "reshape", "flatten", "unflatten")
-_WITHOUT_MEANING = {"position_ids", "use_cache", "output_attentions", "cache_position"}
+_WITHOUT_MEANING = {
+    "position_ids",
+    "use_cache",
+    "output_attentions",
+    "cache_position",
+    "sliding_window",  # masks have it already
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ def _idiom(node: fx.Node, module_of: ModuleOf) -> Found | None:
         if module_of(str(norm.weight.target)).shape != value_of(norm.x).shape[-1:]:
             return None
         options = {"epsilon": norm.epsilon, "centred": False, "weight": norm.weight}
-        return Found("normalize", (norm.x,), options)
+        return Found("normalize", (norm.x,), {**options, "shift": norm.shift})
     if rotation is not None:
         return Found("rotate", (rotation.x,), {"cosine": rotation.cosine, "sine": rotation.sine})
     return None
@@ -107,7 +113,7 @@ def _form(node: fx.Node, name: str, x: fx.Node) -> Found | None:
     """What hands on what it reads, as it is or in another form."""
     if name in _SAME or (name == "dropout" and node.kwargs.get("training") is False):
         return Found("same", (x,))
-    if name == "to" and _dtype(node) is _dtype(x):
+    if name in ("to", "float", "type_as") and _dtype(node) is _dtype(x):
         return Found("same", (x,))
     if name in _VIEWS:
         return Found("view", (x,))

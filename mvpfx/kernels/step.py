@@ -31,7 +31,9 @@ class Step:
             and bias, of the attention's mask; -1 where there is none.
         activation, factor, addend: what multiply and combine do besides.
         epsilon, centred: of a norm; RMS norm is not centred.
-        heads, groups: of an attention: heads, and keys and values that neighbouring heads share.
+        shift: what is added to a norm's weight.
+        heads, groups: of an attention: heads, and keys and values that neighbouring heads share; of
+            a norm heads, each of which is normalized by itself.
         scale, causal: of its scores, and whether a token sees only itself and those before it.
         beside: of what enters: it may be one sequence for all, and does not tell their number.
     """
@@ -50,6 +52,7 @@ class Step:
     scale: float = 1.0
     causal: bool = False
     beside: bool = False
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from mvpfx.kernels.recognition import Found, recognise, shape_text, value_of
 from mvpfx.nodes import name_of, writes_shared
 from mvpfx.variant import resolve
 
+OF_HEADS = ("attend", "rotate", "normalize")
+"""Steps that take heads as they lie in tiles."""
 ROWS, SPLIT, HEADS = "rows", "split", "heads"
 """Forms that tiled activations have outside: `[..., S, F]`, `[B, S, H, D]` and `[B, H, S, D]`."""
 
@@ -95,9 +97,10 @@ class Tiling:
         if first is None:
             return False
         if found.kind in ("normalize", "combine"):
-            same = shape_text(node) == shape_text(found.reads[0])
-            if first.form != ROWS or not same:
+            if shape_text(node) != shape_text(found.reads[0]):
                 return False
+            if first.form != ROWS:
+                return found.kind == "normalize" and self._fits_head_norm(node, found, first)
             return self._put(node, ROWS, self._new(first.value.width), node)
         if found.kind == "rotate":
             return self._fits_rotation(node, found, first)
@@ -143,6 +146,14 @@ class Tiling:
         found.options.update(heads=heads, groups=groups)
         return True
 
+    def _fits_head_norm(self, node: fx.Node, found: Found, first: _Tiled) -> bool:
+        """Whether features of heads are normalized, each head by itself."""
+        width = value_of(node).shape[-1]
+        if type(width) is not int:
+            return False
+        found.options["heads"] = first.value.width // width
+        return self._put(node, first.form, self._new(first.value.width), node)
+
     def _fits_rotation(self, node: fx.Node, found: Found, first: _Tiled) -> bool:
         """Whether heads are rotated, by tables of the same tokens, or of one sequence for all."""
         x = value_of(found.reads[0])
@@ -185,7 +196,7 @@ class Tiling:
     def _reads_tiles(self, found: Found, read: fx.Node) -> bool:
         """Whether a step takes what it reads in tiles; else it enters."""
         tiled = self._tiled.get(read)
-        return tiled is not None and (tiled.form == ROWS or found.kind in ("attend", "rotate"))
+        return tiled is not None and (tiled.form == ROWS or found.kind in OF_HEADS)
 
     def _besides(self, maker: fx.Node) -> list[fx.Node]:
         """Tensors that a step reads beside activations: masks, weights of norms, tables."""
@@ -222,8 +233,9 @@ class Tiling:
     def _front_in_heads(self, node: fx.Node) -> str:
         """The leading sizes of what a node has in heads, as they were before it was split."""
         maker = self._tiled[node].maker
-        found = self._found[maker]
-        return self._front_in_heads(found.reads[0]) if found.kind == "rotate" else _front(maker)
+        if self._tiled[maker].form == ROWS:
+            return _front(maker)
+        return self._front_in_heads(self._found[maker].reads[0])
 
     def _enter(
         self, node: fx.Node, width: int, front: str, beside: bool = False
@@ -236,8 +248,9 @@ class Tiling:
     def _step(self, node: fx.Node, found: Found, reads: list[Value]) -> Draft:
         made, options = self._tiled[node].value, dict(found.options)
         front = _front(found.reads[0])
-        if found.kind in ("attend", "rotate"):
+        if self._tiled[node].form != ROWS:
             front = self._front_in_heads(found.reads[0])
+        if found.kind in ("attend", "rotate"):
             return Draft(found.kind, tuple(reads), made, front, options=options)
         if found.kind == "multiply":
             return Draft("multiply", tuple(reads), made, front, layers=(str(node.target),))

@@ -23,6 +23,6 @@ struct Step {
   float epsilon;        // of normalize; of attend the scale
   void* tensor;         // of enter and leave; of attend the mask, or nullptr
   int64_t sequence_stride, token_stride;
-  int64_t heads, groups;  // of attend; rotate has heads alone
+  int64_t heads, groups;  // of attend; rotate and normalize have heads alone
   int64_t mask_strides[4];
 };

@@ -130,8 +130,8 @@ void run_step(const Kernels& table, const Geometry& geometry, const Step& step, 
     return run_product(table, geometry, step, span.tiles, panels, input, output, epilogue);
   for (int64_t tile = span.tiles.first; tile < span.tiles.last; ++tile) {
     if (step.kind == kNormalize)
-      table.normalize(geometry, tile, input, output, step.features, step.weight, step.bias,
-                      step.epsilon, step.flag != 0);
+      table.normalize(geometry, tile, input, output, step.heads, step.features / step.heads,
+                      step.weight, step.bias, step.epsilon, step.flag != 0);
     else if (step.kind == kCombine)
       table.combine(geometry, tile, input, output, step.features, epilogue);
     else if (step.kind == kRotate)
@@ -145,7 +145,7 @@ void run_step(const Kernels& table, const Geometry& geometry, const Step& step, 
 }  // namespace
 
 // The number of this interface: one more whenever a function or a struct changes.
-EXPORT int mvpfx_interface() { return 2; }
+EXPORT int mvpfx_interface() { return 3; }
 
 // The name of the instruction set in use.
 EXPORT const char* mvpfx_isa() { return kernels->name; }

@@ -35,16 +35,20 @@ void normalize_strip(const float* x, float* y, int width, int64_t features, cons
   }
 }
 
+// Of each head its `features`, all with the same weight and bias.
 void normalize(const Geometry& geometry, int64_t tile, const Slice& input, const Slice& output,
-               int64_t features, const float* weight, const float* bias, float epsilon,
-               bool centred) {
-  int width = geometry.width(tile), lane = 0;
-  const float* x = input.at(tile, 0, width);
-  float* y = output.at(tile, 0, width);
-  for (; lane + kWide * kLanes <= width; lane += kWide * kLanes)
-    normalize_strip<kWide>(x + lane, y + lane, width, features, weight, bias, epsilon, centred);
-  for (; lane < width; lane += kLanes)
-    normalize_strip<1>(x + lane, y + lane, width, features, weight, bias, epsilon, centred);
+               int64_t heads, int64_t features, const float* weight, const float* bias,
+               float epsilon, bool centred) {
+  const int width = geometry.width(tile);
+  for (int64_t head = 0; head < heads; ++head) {
+    const float* x = input.at(tile, head * features, width);
+    float* y = output.at(tile, head * features, width);
+    int lane = 0;
+    for (; lane + kWide * kLanes <= width; lane += kWide * kLanes)
+      normalize_strip<kWide>(x + lane, y + lane, width, features, weight, bias, epsilon, centred);
+    for (; lane < width; lane += kLanes)
+      normalize_strip<1>(x + lane, y + lane, width, features, weight, bias, epsilon, centred);
+  }
 }
 
 // activation(x) * factor + addend, where each may be missing.

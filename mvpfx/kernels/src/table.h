@@ -14,8 +14,8 @@ struct Kernels {
                    const Slice& output, const Epilogue&);
   void (*pair_features)(int64_t features, int width, const float* input, float* pairs);
   void (*normalize)(const Geometry&, int64_t tile, const Slice& input, const Slice& output,
-                    int64_t features, const float* weight, const float* bias, float epsilon,
-                    bool centred);
+                    int64_t heads, int64_t features, const float* weight, const float* bias,
+                    float epsilon, bool centred);
   void (*combine)(const Geometry&, int64_t tile, const Slice& input, const Slice& output,
                   int64_t features, const Epilogue&);
   void (*rotate)(const Geometry&, int64_t tile, const Slice& input, const Slice& output,
