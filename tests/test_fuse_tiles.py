@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +19,6 @@ from mvpfx.kernels.library import LIBRARY, MISSING
 from mvpfx.region import region_of
 from mvpfx.storage import SparseLinear
 from tests.models import ZOO, Batch, build
-from tests.zoo.decoder import DECODERS
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=MISSING)
 
@@ -122,27 +121,6 @@ def test_a_decoder_is_one_chain_too() -> None:
     blocks = config.num_hidden_layers
     assert [kinds.count(kind) for kind in ("attend", "rotate")] == [blocks, 2 * blocks]
     assert kinds.count("normalize") == 2 * blocks
-
-
-@pytest.mark.parametrize(("name", "norms"), [("Qwen3", 4), ("Gemma 3", 6)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_decoders_with_norms_of_their_own_kind(name: str, norms: int, dtype: torch.dtype) -> None:
-    """Norms of each head by itself, and norms whose weight is one more than their parameter."""
-    (entry,) = [entry for entry in DECODERS if entry.name == name]
-    model, batch = entry.model(), entry.batch(0)
-    cast(Any, model).config.use_cache = False
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "norm" in key:
-                parameter.normal_()
-    model = zeroed(model).to(dtype)
-    small = mvpfx.convert(model, example_inputs=batch, lowering="native")
-    found, exact = call(small, batch).logits, call(copy.deepcopy(model).double(), batch).logits
-    assert (found - exact).abs().max() <= (1e-5 if dtype is torch.float32 else 2e-2)
-    _, (chain,) = chains_of_a_call(small, batch)
-    kinds = [step.kind for step in chain.steps]
-    blocks = cast(Any, model).config.num_hidden_layers
-    assert [kinds.count(k) for k in ("attend", "normalize")] == [blocks, norms * blocks]
 
 
 class Changing(nn.Module):

@@ -1,7 +1,8 @@
-"""RMS norms and rotary embeddings are known by what they compute, and nothing else is."""
+"""Norms, rotations and activations are known by what they compute, and nothing else is."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from mvpfx.kernels.idioms import find_rms_norm, find_rotation
+from mvpfx.kernels.idioms import find_gate, find_rms_norm, find_rotation
 from mvpfx.torch_private import FakeTensorMode
 
 Compute = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -91,6 +92,9 @@ def _halves(x: Tensor, low: int = 4) -> Tensor:
 ROTATIONS: dict[str, Compute] = {
     "as in Llama": lambda w, x, c, s: x * c.unsqueeze(1) + _halves(x) * s.unsqueeze(1),
     "the other way": lambda w, x, c, s: s.unsqueeze(1) * _halves(x) + c.unsqueeze(1) * x,
+    "cast": lambda w, x, c, s: (
+        x.float() * c.unsqueeze(1) + _halves(x.float().float()) * s.unsqueeze(1)
+    ).to(torch.float32),
 }
 OTHER_SUMS: dict[str, Compute] = {
     "heads elsewhere": lambda w, x, c, s: x * c.unsqueeze(2) + _halves(x) * s.unsqueeze(2),
@@ -116,3 +120,41 @@ def test_rotations(name: str) -> None:
 @pytest.mark.parametrize("name", OTHER_SUMS)
 def test_what_is_no_rotation(name: str) -> None:
     assert find_rotation(last(OTHER_SUMS[name])) is None
+
+
+ROOT = math.sqrt(2 / math.pi)
+GATES: dict[str, tuple[str, Compute]] = {
+    "as in GPT-2": (
+        "gelu_tanh",
+        lambda w, x, c, s: 0.5 * x * (1.0 + torch.tanh(ROOT * (x + 0.044715 * torch.pow(x, 3.0)))),
+    ),
+    "another order": (
+        "gelu_tanh",
+        lambda w, x, c, s: (torch.tanh((x.pow(3) * 0.044715 + x) * ROOT) + 1) * (x * 0.5),
+    ),
+    "as in CLIP": ("gelu_quick", lambda w, x, c, s: x * torch.sigmoid(1.702 * x)),
+    "sigmoid first": ("silu", lambda w, x, c, s: torch.sigmoid(x) * x),
+}
+OTHER_PRODUCTS: dict[str, Compute] = {
+    "no half": lambda w, x, c, s: x * (1.0 + torch.tanh(ROOT * (x + 0.044715 * x.pow(3)))),
+    "two": lambda w, x, c, s: 0.5 * x * (2.0 + torch.tanh(ROOT * (x + 0.044715 * x.pow(3)))),
+    "a square": lambda w, x, c, s: 0.5 * x * (1.0 + torch.tanh(ROOT * (x + 0.044715 * x.pow(2)))),
+    "another share": lambda w, x, c, s: 0.5 * x * (1.0 + torch.tanh(ROOT * (x + 0.05 * x.pow(3)))),
+    "another root": lambda w, x, c, s: 0.5 * x * (1.0 + torch.tanh(x + 0.044715 * x.pow(3))),
+    "of something else": lambda w, x, c, s: x * torch.sigmoid(1.702 * w),
+    "another slope": lambda w, x, c, s: x * torch.sigmoid(1.7 * x),
+    "twice": lambda w, x, c, s: (2 * x) * torch.sigmoid(x),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gates(name: str) -> None:
+    activation, compute = GATES[name]
+    found = find_gate(last(compute))
+    assert found is not None
+    assert (found.x.name, found.activation) == ("x", activation)
+
+
+@pytest.mark.parametrize("name", OTHER_PRODUCTS)
+def test_what_is_no_gate(name: str) -> None:
+    assert find_gate(last(OTHER_PRODUCTS[name])) is None

@@ -1,4 +1,4 @@
-"""What models write out in several operations, and tiles do in one: RMS norm, rotary embedding.
+"""What models write out in several operations, and tiles do in one: norms, rotations, activations.
 
 Each is known by its last operation; those before it are looked at backwards, and are computed only
 where something else needs them too.
@@ -6,6 +6,7 @@ where something else needs them too.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,22 @@ class Rotation:
     sine: fx.Node
 
 
+@dataclass(frozen=True)
+class Gate:
+    """`x` times a function of it: an activation.
+
+    Attributes:
+        activation: `gelu_tanh`, `silu` or `gelu_quick`, as `mvpfx.kernels.prepared_chain` has them.
+    """
+
+    x: fx.Node
+    activation: str
+
+
+_SIGMOIDS = {1.0: "silu", 1.702: "gelu_quick"}
+"""What `x * sigmoid(c * x)` is called, by `c`."""
+
+
 def find_rms_norm(node: fx.Node) -> RmsNorm | None:
     """The norm whose last operation is this product, or the conversion of what it gives."""
     for factor, normed in _operands(_cast(node), PRODUCTS):
@@ -49,17 +66,58 @@ def find_rms_norm(node: fx.Node) -> RmsNorm | None:
         for x, inverse in _operands(_cast(normed), PRODUCTS):
             epsilon = _inverse_root(inverse, x)
             if epsilon is not None and weight.op == "get_attr":
-                return RmsNorm(_cast(x), weight, epsilon, shift)
+                return RmsNorm(_as_in(node, x), weight, epsilon, shift)
     return None
 
 
 def _shifted(node: fx.Node) -> tuple[fx.Node, float]:
-    """What a node is the sum of with a number, and that number; of anything else itself and 0."""
-    if _call(node) in SUMS and len(node.args) == 2 and not node.kwargs:
+    """What a node is the sum of with a number, and that number; else itself and 0."""
+    term, number = _with_number(node, SUMS)
+    return (_cast(node), 0.0) if term is None else (_cast(term), number)
+
+
+def _scaled(node: fx.Node) -> tuple[fx.Node, float]:
+    """What a node is the product of with a number, and that number; else itself and 1."""
+    term, number = _with_number(node, PRODUCTS)
+    return (node, 1.0) if term is None else (term, number)
+
+
+def _with_number(node: fx.Node, names: tuple[str, ...]) -> tuple[fx.Node | None, float]:
+    if _call(node) in names and len(node.args) == 2 and not node.kwargs:
         for term, number in (node.args, node.args[::-1]):
             if isinstance(term, fx.Node) and isinstance(number, (int, float)):
-                return _cast(term), float(number)
-    return _cast(node), 0.0
+                return term, float(number)
+    return None, 0.0
+
+
+def find_gate(node: fx.Node) -> Gate | None:
+    """The activation whose last operation is this product: of `x`, perhaps times a number, and a
+    function of `x` that goes from 0 to 1 or to 2.
+    """
+    for straight, opening in _operands(node, PRODUCTS):
+        x, factor = _scaled(straight)
+        inside = _only(opening, "sigmoid")
+        if inside is not None and factor == 1.0:
+            gated, steepness = _scaled(inside)
+            name = _SIGMOIDS.get(steepness)
+            if gated is x and name is not None:
+                return Gate(x, name)
+        upper, one = _shifted(opening)
+        inside = _only(upper, "tanh")
+        if inside is not None and (factor, one) == (0.5, 1.0) and _bends(inside, x):
+            return Gate(x, "gelu_tanh")
+    return None
+
+
+def _bends(node: fx.Node, x: fx.Node) -> bool:
+    """Whether a node is `sqrt(2 / pi) * (x + 0.044715 * x^3)`."""
+    inside, root = _scaled(node)
+    for straight, bent in _operands(inside, SUMS):
+        cube, share = _scaled(bent)
+        power = _call(cube) == "pow" and cube.args == (x, 3) and not cube.kwargs
+        if straight is x and power and share == 0.044715:
+            return math.isclose(root, math.sqrt(2 / math.pi), rel_tol=1e-7)
+    return False
 
 
 def _inverse_root(node: fx.Node, x: fx.Node) -> float | None:
@@ -81,13 +139,13 @@ def _inverse_root(node: fx.Node, x: fx.Node) -> float | None:
 
 
 def find_rotation(node: fx.Node) -> Rotation | None:
-    """The rotation whose last operation is this sum."""
-    for straight, crossed in _operands(node, SUMS):
+    """The rotation whose last operation is this sum, or the conversion of what it gives."""
+    for straight, crossed in _operands(_cast(node), SUMS):
         for x, cosine in _operands(straight, PRODUCTS):
             for swapped, sine in _operands(crossed, PRODUCTS):
                 tables = [t for t in (_of_all_heads(cosine), _of_all_heads(sine)) if t]
-                if len(tables) == 2 and _swaps_halves(swapped, x):
-                    return Rotation(x, *tables)
+                if len(tables) == 2 and _swaps_halves(swapped, _cast(x)):
+                    return Rotation(_as_in(node, x), *tables)
     return None
 
 
@@ -109,7 +167,8 @@ def _swaps_halves(node: fx.Node, x: fx.Node) -> bool:
 def _is_slice(node: Any, x: fx.Node, wanted: slice) -> bool:
     if not isinstance(node, fx.Node) or _call(node) not in ("getitem", "__getitem__"):
         return False
-    return node.args == (x, (..., wanted))
+    source, index = node.args
+    return isinstance(source, fx.Node) and _cast(source) is x and index == (..., wanted)
 
 
 def _of_all_heads(node: fx.Node) -> fx.Node | None:
@@ -145,11 +204,28 @@ def _only(node: fx.Node, name: str) -> fx.Node | None:
 
 def _cast(node: fx.Node) -> fx.Node:
     """What a node is a conversion of, to another dtype or to its own; else itself."""
-    while node.args and not node.kwargs:
-        source, other = node.args[0], node.args[1:]
-        to_dtype = _call(node) == "to" and len(other) == 1 and str(other[0]).startswith("torch.")
-        known = to_dtype or (_call(node), len(other)) in CONVERSIONS
-        if not known or not isinstance(source, fx.Node):
+    while (source := _converted(node)) is not None:
+        node = source
+    return node
+
+
+def _as_in(result: fx.Node, node: fx.Node) -> fx.Node:
+    """What a node is a conversion of, as far back as that has the dtype of a result."""
+    wanted = _dtype(result)
+    while (source := _converted(node)) is not None:
+        if _dtype(node) is wanted is not _dtype(source):
             break
         node = source
     return node
+
+
+def _converted(node: fx.Node) -> fx.Node | None:
+    """What a conversion converts; None for other nodes."""
+    source, other = (node.args[0], node.args[1:]) if node.args else (None, ())
+    to_dtype = _call(node) == "to" and len(other) == 1 and str(other[0]).startswith("torch.")
+    known = to_dtype or (_call(node), len(other)) in CONVERSIONS
+    return source if known and not node.kwargs and isinstance(source, fx.Node) else None
+
+
+def _dtype(node: fx.Node) -> object:
+    return getattr(node.meta.get("val"), "dtype", None)

@@ -1,7 +1,7 @@
 """A plan: what of a graph is computed in tiles, as a list of steps over numbered values.
 
-Folding puts activations, products and sums behind the matmul that makes what they read, and joins
-matmuls that read the same value.
+Folding puts activations, products and sums behind the matmul that makes what they read, or behind
+one another, and joins matmuls that read the same value.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
+
+FOLDING = ("multiply", "combine")
+"""Steps that end in `activation(x) * factor + addend`."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,9 @@ def _fold_all(drafts: list[Draft]) -> list[Draft]:
 
 
 def _folded(draft: Draft, before: list[Draft], uses: Counter[int]) -> Draft | None:
-    """A multiplication that does this step too; it is taken out of those before."""
+    """A step before that does this one too; it is taken out of those before."""
     for value in draft.values():
-        maker = next((d for d in before if d.makes == value and d.kind == "multiply"), None)
+        maker = next((d for d in before if d.makes == value and d.kind in FOLDING), None)
         if maker is None or uses[value.number] != 1:
             continue
         others = [other for other in draft.values() if other is not value]

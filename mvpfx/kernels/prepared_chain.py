@@ -30,6 +30,7 @@ ACTIVATIONS = {
     "silu": 4,
     "tanh": 5,
     "sigmoid": 6,
+    "gelu_quick": 7,
 }
 """Name -> the library's number."""
 _KINDS = ("enter", "leave", "multiply", "normalize", "combine", "attend", "rotate")

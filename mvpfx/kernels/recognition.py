@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mvpfx.kernels.idioms import PRODUCTS, SUMS, find_rms_norm, find_rotation
+from mvpfx.kernels.forms import find_features, find_part, form_change
+from mvpfx.kernels.idioms import PRODUCTS, SUMS, find_gate, find_rms_norm, find_rotation
 from mvpfx.kernels.library import DTYPES
 from mvpfx.leaves import Leaf
 from mvpfx.nodes import name_of
@@ -38,12 +39,12 @@ _MODULES: dict[type[nn.Module], str] = {
 _SUMS = (*SUMS, "add_", "iadd")
 _PRODUCTS = (*PRODUCTS, "mul_", "imul")
 _SAME = ("contiguous", "clone", "detach")
-_VIEWS = ("view", "reshape", "flatten", "unflatten")
 _WITHOUT_MEANING = {
     "position_ids",
     "use_cache",
     "output_attentions",
     "cache_position",
+    "deterministic",
     "sliding_window",  # masks have it already
 }
 
@@ -54,7 +55,8 @@ class Found:
 
     Attributes:
         kind: multiply, normalize, combine (element by element), rotate, same (hands on what it
-            reads), view, transpose, attend, or first (of an attention's results).
+            reads), view, transpose or stack (in another form), features or part (of what it
+            reads), attend, or first (of an attention's results).
         reads: the activations that it reads, the one that has to be tiled first.
         options: what else `Step` or `attend` need.
     """
@@ -75,18 +77,31 @@ def recognise(node: fx.Node, module_of: ModuleOf) -> Found | None:
         return _leaf(node, node.target, module_of)
     if node.target is F.scaled_dot_product_attention:
         return _attention(node)
-    if x is not None and name == "getitem":
-        first = isinstance(x.target, Leaf) and node.args[1] == 0
-        return Found("first", (x,)) if first else None
+    if x is not None and name in ("getitem", "__getitem__"):
+        return _piece(node, x)
     idiom = _idiom(node, module_of)
     if idiom is not None or x is None or value_of(x) is None:
         return idiom
     return _elementwise(node, name, x) or _form(node, name, x)
 
 
+def _piece(node: fx.Node, x: fx.Node) -> Found | None:
+    """Some of what a node gives."""
+    if isinstance(x.target, Leaf):
+        return Found("first", (x,)) if node.args[1] == 0 else None
+    if value_of(node) is None:
+        return None
+    features, part = find_features(node), find_part(node)
+    if features is not None:
+        return Found("features", features[:1], {"first": features[1]})
+    if part is not None:
+        return Found("part", part[:1], {"dimension": part[1], "index": part[2]})
+    return None
+
+
 def _idiom(node: fx.Node, module_of: ModuleOf) -> Found | None:
     """What is written out in several nodes, of which this is the last."""
-    norm, rotation = find_rms_norm(node), find_rotation(node)
+    norm, rotation, gate = find_rms_norm(node), find_rotation(node), find_gate(node)
     if norm is not None and value_of(norm.x) is not None:
         if module_of(str(norm.weight.target)).shape != value_of(norm.x).shape[-1:]:
             return None
@@ -94,6 +109,8 @@ def _idiom(node: fx.Node, module_of: ModuleOf) -> Found | None:
         return Found("normalize", (norm.x,), {**options, "shift": norm.shift})
     if rotation is not None:
         return Found("rotate", (rotation.x,), {"cosine": rotation.cosine, "sine": rotation.sine})
+    if gate is not None and value_of(gate.x) is not None:
+        return Found("combine", (gate.x,), {"activation": gate.activation})
     return None
 
 
@@ -115,11 +132,8 @@ def _form(node: fx.Node, name: str, x: fx.Node) -> Found | None:
         return Found("same", (x,))
     if name in ("to", "float", "type_as") and _dtype(node) is _dtype(x):
         return Found("same", (x,))
-    if name in _VIEWS:
-        return Found("view", (x,))
-    if name == "transpose" and set(node.args[1:]) in ({1, 2}, {-3, -2}, {1, -2}, {2, -3}):
-        return Found("transpose", (x,))
-    return None
+    change = form_change(node, name)
+    return None if change is None else Found(change, (x,))
 
 
 def value_of(node: fx.Node) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from mvpfx.dims.rearrangement import NAMES
+from mvpfx.kernels.forms import HEADS, OF_PARTS, ROWS, SPLIT, changed_form
 from mvpfx.kernels.plan import Draft, Value
 from mvpfx.kernels.recognition import Found, recognise, shape_text, value_of
 from mvpfx.nodes import name_of, writes_shared
@@ -20,8 +21,6 @@ from mvpfx.variant import resolve
 
 OF_HEADS = ("attend", "rotate", "normalize")
 """Steps that take heads as they lie in tiles."""
-ROWS, SPLIT, HEADS = "rows", "split", "heads"
-"""Forms that tiled activations have outside: `[..., S, F]`, `[B, S, H, D]` and `[B, H, S, D]`."""
 
 
 @dataclass(frozen=True)
@@ -106,27 +105,30 @@ class Tiling:
             return self._fits_rotation(node, found, first)
         if found.kind in ("same", "first"):
             return self._put(node, first.form, first.value, first.maker)
-        form = self._viewed(node, found, first)
+        if found.kind in ("features", "part"):
+            return self._fits_piece(node, found, first)
+        before, after = value_of(found.reads[0]), value_of(node)
+        form = None if after is None else changed_form(found.kind, first.form, before, after)
         return form is not None and self._put(node, form, first.value, first.maker)
 
     def _put(self, node: fx.Node, form: str, value: Value, maker: fx.Node) -> bool:
         self._tiled[node] = _Tiled(form, value, maker)
         return True
 
-    def _viewed(self, node: fx.Node, found: Found, first: _Tiled) -> str | None:
-        """The form that a view or a transposition gives; None for one that tiles do not have."""
-        before, after = value_of(found.reads[0]), value_of(node)
-        if after is None:
-            return None
-        old = tuple(map(str, before.shape))
-        new = tuple(map(str, after.shape))
-        if found.kind == "transpose":
-            return {SPLIT: HEADS, HEADS: SPLIT}.get(first.form) if len(new) == 4 else None
-        if first.form == ROWS and len(new) == 4 and len(old) == 3:
-            return SPLIT if new[:2] == old[:2] else None
-        if first.form == SPLIT and len(new) == 3:
-            return ROWS if new[:2] == old[:2] else None
-        return first.form if new == old else None
+    def _fits_piece(self, node: fx.Node, found: Found, first: _Tiled) -> bool:
+        """Whether some neighbouring features are taken, which lie side by side in tiles too."""
+        options, whole = found.options, first.value
+        if found.kind == "features":
+            width, start = value_of(node).shape[-1], options["first"]
+            form = ROWS if first.form == ROWS and type(width) is int else None
+        else:
+            form = OF_PARTS.get((first.form, options["dimension"]))
+            count = value_of(found.reads[0]).shape[options["dimension"]]
+            width = whole.width // count if type(count) is int else 0
+            start = options["index"] * width
+        if form is None or not width:
+            return False
+        return self._put(node, form, Value(whole.number, whole.first + start, width), first.maker)
 
     def _fits_attention(self, node: fx.Node, found: Found, known: list[_Tiled | None]) -> bool:
         """Whether queries, keys and values are of the same tokens, and all in heads."""

@@ -11,7 +11,7 @@
 constexpr int kTile = 64;
 constexpr int kChunk = 16;
 
-enum Activation { kNone = 0, kGelu, kGeluTanh, kRelu, kSilu, kTanh, kSigmoid };
+enum Activation { kNone = 0, kGelu, kGeluTanh, kRelu, kSilu, kTanh, kSigmoid, kGeluQuick };
 
 // How many tokens there are, and where.
 struct Geometry {

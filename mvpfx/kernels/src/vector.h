@@ -190,6 +190,11 @@ inline void activate(Vectors<kCount>& x, int activation) {
       sigmoids<kCount>(y);
       KERNEL_EACH(t) x[t] *= y[t];
       return;
+    case kGeluQuick:
+      KERNEL_EACH(t) y[t] = 1.702f * x[t];
+      sigmoids<kCount>(y);
+      KERNEL_EACH(t) x[t] *= y[t];
+      return;
     case kSilu:
       KERNEL_EACH(t) y[t] = x[t];
       sigmoids<kCount>(y);
