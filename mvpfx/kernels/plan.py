@@ -229,9 +229,19 @@ def offsets_of(
 def slots_of(
     drafts: Sequence[Draft], numbers: Collection[int], kept: Collection[int], first: int
 ) -> dict[int, int]:
-    """The same for values that lie in the workspace: slots, from `first` on."""
+    """The same for values that lie in the workspace: slots, from `first` on.
+
+    Only values of one width share a slot. A tile goes through the steps before the next does, so
+    the next one's part of a value must not lie where this one's part of another value is put.
+    """
     narrow = [
         replace(draft, makes=None if draft.makes is None else replace(draft.makes, width=1))
         for draft in drafts
     ]
-    return {number: first + at for number, at in offsets_of(narrow, numbers, kept).items()}
+    widths = {d.makes.number: d.makes.width for d in drafts if d.makes is not None}
+    slots: dict[int, int] = {}
+    for width in sorted({widths[number] for number in numbers}):
+        alike = [number for number in numbers if widths[number] == width]
+        after = 1 + max(slots.values(), default=first - 1)
+        slots |= {n: after + at for n, at in offsets_of(narrow, alike, kept).items()}
+    return slots
