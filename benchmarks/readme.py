@@ -15,6 +15,7 @@ from tabulate import tabulate
 from benchmarks import (
     accuracy,
     accuracy_table,
+    architectures,
     coverage_table,
     inference_cells,
     inference_plot,
@@ -97,11 +98,17 @@ def inference_summary(results: list[dict[str, Any]]) -> str:
     return inference_table.summary(inference_cells.results())
 
 
+def of_architectures(results: list[dict[str, Any]]) -> str:
+    """The table of other architectures, which has result files of its own, too."""
+    return architectures.table(results_file.read_all(architectures.FOLDER))
+
+
 TABLES: dict[tuple[str, str], Callable[[list[dict[str, Any]]], str]] = {
     (BEGIN, END): table,
     (accuracy_table.BEGIN, accuracy_table.END): studied,
     (inference_table.BEGIN, inference_table.END): inference,
     (inference_table.SUMMARY_BEGIN, inference_table.SUMMARY_END): inference_summary,
+    (architectures.BEGIN, architectures.END): of_architectures,
     (coverage_table.BEGIN, coverage_table.END): coverage_table.table,
     (structured_table.LATENCY_BEGIN, structured_table.LATENCY_END): structured_table.latency,
     (training_step_table.BEGIN, training_step_table.END): training_step_table.table,
