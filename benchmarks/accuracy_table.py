@@ -1,13 +1,14 @@
 """README's table of accuracy by criterion and density, made from `results/accuracy.jsonl`.
 
 Of several settings of a method (scope, learning rate of the scores) the one that is best on dev.tsv
-is shown, with its accuracy on test.tsv: both are means over the runs of a setting, which differ in
-seed and precision.
+is shown, with its accuracy on test.tsv: a mean over the runs of the setting, which differ in seed
+and precision. On dev.tsv settings are compared by the seeds that all of them have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -44,10 +45,11 @@ class Setting:
 
     Attributes:
         cell: of one of them.
-        dev, test: accuracy of each.
+        seeds, dev, test: of each, its seed and accuracies.
     """
 
     cell: Mapping[str, Any]
+    seeds: tuple[int, ...]
     dev: tuple[float, ...]
     test: tuple[float, ...]
 
@@ -55,6 +57,11 @@ class Setting:
     def shown(self) -> str:
         """Mean accuracy on the test set."""
         return f"{fmean(self.test):.3f}"
+
+    def dev_of(self, seeds: Set[int]) -> float:
+        """Mean accuracy on the dev set of the runs with these seeds; of all runs without any."""
+        pairs = zip(self.seeds, self.dev, strict=True)
+        return fmean(dev for seed, dev in pairs if seed in seeds or not seeds)
 
 
 def settings_of(lines: Iterable[dict[str, Any]]) -> list[Setting]:
@@ -68,6 +75,7 @@ def settings_of(lines: Iterable[dict[str, Any]]) -> list[Setting]:
     return [
         Setting(
             group[0]["cell"],
+            tuple(line["cell"]["seed"] for line in group),
             tuple(line["dev"] for line in group),
             tuple(line["test"] for line in group),
         )
@@ -152,10 +160,15 @@ def title(cell: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def shown(found: list[Setting]) -> Iterator[Setting]:
-    """Of each figure of the tables the setting that is best on dev, in order of their titles."""
-    ordered = sorted(found, key=lambda each: (title(each.cell), fmean(each.dev)))
-    chosen = {title(each.cell): each for each in ordered}
-    yield from chosen.values()
+    """Of each figure of the tables the setting that is best on dev, in order of their titles.
+
+    Settings are compared by the seeds that all of them have: seeds differ by more than settings do.
+    """
+    ordered = sorted(found, key=lambda each: title(each.cell))
+    for _, group in itertools.groupby(ordered, key=lambda each: title(each.cell)):
+        rivals = list(group)
+        seeds = frozenset.intersection(*(frozenset(each.seeds) for each in rivals))
+        yield max(rivals, key=lambda each: each.dev_of(seeds))
 
 
 def row(method: str, found: list[Setting], tasks: list[str]) -> dict[str, str]:
@@ -191,7 +204,7 @@ def about(lines: list[dict[str, Any]]) -> str:
         f"batches of {first['batch_size']}, learning rate {first['lr']:g}, "
         f"{precisions}, seeds {seeds}: of one run, or the mean of those in the last table; of "
         "several scopes, first scores and score learning "
-        "rates the one that is best on the dev set, by its mean. The last "
+        "rates the one that is best on the dev set, by the seeds that all have. The last "
         "columns are those of another, larger model on other tasks, at 10 % / 3 % (Sanh et al. "
         "2020, Table 2)."
     )

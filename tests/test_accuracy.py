@@ -128,6 +128,19 @@ def test_runs_of_one_setting_count_as_their_mean() -> None:
     assert last == ["toy", "movement", "5%", "single weights", "3", "0.860", "0.850", "0.870"]
 
 
+def test_a_setting_is_not_judged_by_seeds_that_others_lack() -> None:
+    lines = [
+        line("movement", 0.05, 0.90, 0.86),
+        line("movement", 0.05, 0.70, 0.80, seed=1),
+        line("movement", 0.05, 0.85, 0.87, scope="global"),
+    ]
+    assert "| movement    | - / 0.830 / - |" in accuracy_table.table(lines)
+    lines.append(line("movement", 0.05, 0.95, 0.75, scope="global", seed=2))
+    assert "| movement    | - / 0.830 / - |" in accuracy_table.table(lines)
+    lines[0] = line("movement", 0.05, 0.90, 0.86, seed=3)  # none in common: all count
+    assert "| movement    | - / 0.810 / - |" in accuracy_table.table(lines)
+
+
 def test_first_scores_count_where_some_are_learned() -> None:
     def runs(method: str) -> int:
         named = [line(method, 0.05, 0.8, 0.8, score_init=init) for init in (None, "magnitude")]
