@@ -94,21 +94,27 @@ def test_activations_are_those_of_torch(name: str) -> None:
     assert lost.isnan().all()
 
 
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s[-1] > 1], ids=str)
-@pytest.mark.parametrize("centred", [True, False])
-def test_norms(shape: tuple[int, ...], centred: bool) -> None:
-    x, width = 3 + 5 * torch.randn(shape), shape[-1]
-    weight, bias = torch.randn(width), torch.randn(width)
-    ARGUMENTS[:] = [weight, bias]
-    step = Step(
+def norm(width: int, centred: bool, heads: int = 1, shift: float = 0.0) -> Step:
+    """A norm of value 0 as value 1, with the call's weight and, where it is centred, its bias."""
+    return Step(
         "normalize",
         Part(0, 0, width),
         Part(1, 0, width),
         (1, 2 if centred else -1),
         epsilon=1e-5,
         centred=centred,
+        heads=heads,
+        shift=shift,
     )
-    found = through(x, step, width=width)
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[-1] > 1], ids=str)
+@pytest.mark.parametrize("centred", [True, False])
+def test_norms(shape: tuple[int, ...], centred: bool) -> None:
+    x, width = 3 + 5 * torch.randn(shape), shape[-1]
+    weight, bias = torch.randn(width), torch.randn(width)
+    ARGUMENTS[:] = [weight, bias]
+    found = through(x, norm(width, centred), width=width)
     x, weight, bias = x.double(), weight.double(), bias.double()
     wanted = F.layer_norm(x, (width,), weight, bias) if centred else None
     wanted = F.rms_norm(x, (width,), weight, 1e-5) if wanted is None else wanted
@@ -122,17 +128,7 @@ def test_norms_of_heads(shape: tuple[int, ...], centred: bool) -> None:
     x, width, heads = 3 + 5 * torch.randn(shape), shape[-1], 4
     weight, bias = torch.randn(width // heads), torch.randn(width // heads)
     ARGUMENTS[:] = [weight, bias]
-    step = Step(
-        "normalize",
-        Part(0, 0, width),
-        Part(1, 0, width),
-        (1, 2 if centred else -1),
-        epsilon=1e-5,
-        centred=centred,
-        heads=heads,
-        shift=1.0,
-    )
-    found = through(x, step, width=width)
+    found = through(x, norm(width, centred, heads, shift=1.0), width=width)
     x, weight, bias = x.double().unflatten(-1, (heads, -1)), weight.double() + 1, bias.double()
     size = x.shape[-1:]
     wanted = F.layer_norm(x, size, weight, bias) if centred else F.rms_norm(x, size, weight, 1e-5)

@@ -11,8 +11,7 @@ import torch
 import mvpfx
 from mvpfx.kernels.library import LIBRARY, MISSING
 from tests.test_fuse_tiles import call, chains_of_a_call, zeroed
-from tests.zoo.decoder import DECODERS
-from tests.zoo.text import ENTRIES
+from tests.zoo import ZOO
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=MISSING)
 
@@ -21,8 +20,7 @@ pytestmark = pytest.mark.skipif(LIBRARY is None, reason=MISSING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_decoders_with_norms_of_their_own_kind(name: str, norms: int, dtype: torch.dtype) -> None:
     """Norms of each head by itself, and norms whose weight is one more than their parameter."""
-    (entry,) = [entry for entry in DECODERS if entry.name == name]
-    model, batch = entry.model(), entry.batch(0)
+    model, batch = ZOO[name].model(), ZOO[name].batch(0)
     cast(Any, model).config.use_cache = False
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -43,8 +41,7 @@ def test_attentions_of_all_blocks_are_in_one_chain(name: str) -> None:
     """Of models whose matmuls make queries, keys and values, or gates, at once, or which write out
     their activation.
     """
-    (entry,) = [entry for entry in (*DECODERS, *ENTRIES) if entry.name == name]
-    model, batch = zeroed(entry.model()), entry.batch(0)
+    model, batch = zeroed(ZOO[name].model()), ZOO[name].batch(0)
     if "use_cache" in cast(Any, model).config.to_dict():
         cast(Any, model).config.use_cache = False
     small = mvpfx.convert(model, example_inputs=batch, lowering="native")

@@ -114,8 +114,7 @@ def _bends(node: fx.Node, x: fx.Node) -> bool:
     inside, root = _scaled(node)
     for straight, bent in _operands(inside, SUMS):
         cube, share = _scaled(bent)
-        power = _call(cube) == "pow" and cube.args == (x, 3) and not cube.kwargs
-        if straight is x and power and share == 0.044715:
+        if straight is x and _is_power(cube, x, 3) and share == 0.044715:
             return math.isclose(root, math.sqrt(2 / math.pi), rel_tol=1e-7)
     return False
 
@@ -133,9 +132,11 @@ def _inverse_root(node: fx.Node, x: fx.Node) -> float | None:
     if _call(mean) != "mean" or not last or mean.kwargs.get("keepdim") is not True:
         return None
     square = mean.args[0] if mean.args else None
-    if not isinstance(square, fx.Node) or _call(square) != "pow" or square.kwargs:
-        return None
-    return epsilon if square.args == (x, 2) else None
+    return epsilon if isinstance(square, fx.Node) and _is_power(square, x, 2) else None
+
+
+def _is_power(node: fx.Node, x: fx.Node, exponent: int) -> bool:
+    return _call(node) == "pow" and node.args == (x, exponent) and not node.kwargs
 
 
 def find_rotation(node: fx.Node) -> Rotation | None:

@@ -234,14 +234,11 @@ def slots_of(
     Only values of one width share a slot. A tile goes through the steps before the next does, so
     the next one's part of a value must not lie where this one's part of another value is put.
     """
-    narrow = [
-        replace(draft, makes=None if draft.makes is None else replace(draft.makes, width=1))
-        for draft in drafts
-    ]
     widths = {d.makes.number: d.makes.width for d in drafts if d.makes is not None}
     slots: dict[int, int] = {}
     for width in sorted({widths[number] for number in numbers}):
         alike = [number for number in numbers if widths[number] == width]
         after = 1 + max(slots.values(), default=first - 1)
-        slots |= {n: after + at for n, at in offsets_of(narrow, alike, kept).items()}
+        offsets = offsets_of(drafts, alike, kept)
+        slots |= {number: after + offset // width for number, offset in offsets.items()}
     return slots

@@ -95,12 +95,12 @@ class Tiling:
             return self._put(node, ROWS, self._new(width), node)
         if first is None:
             return False
-        if found.kind in ("normalize", "combine"):
-            if shape_text(node) != shape_text(found.reads[0]):
-                return False
-            if first.form != ROWS:
-                return found.kind == "normalize" and self._fits_head_norm(node, found, first)
-            return self._put(node, ROWS, self._new(first.value.width), node)
+        same = shape_text(node) == shape_text(found.reads[0])
+        if found.kind == "normalize":
+            return same and self._by_head(node, found, first)
+        if found.kind == "combine":
+            rows = same and first.form == ROWS
+            return rows and self._put(node, ROWS, self._new(first.value.width), node)
         if found.kind == "rotate":
             return self._fits_rotation(node, found, first)
         if found.kind in ("same", "first"):
@@ -148,8 +148,8 @@ class Tiling:
         found.options.update(heads=heads, groups=groups)
         return True
 
-    def _fits_head_norm(self, node: fx.Node, found: Found, first: _Tiled) -> bool:
-        """Whether features of heads are normalized, each head by itself."""
+    def _by_head(self, node: fx.Node, found: Found, first: _Tiled) -> bool:
+        """Whether a step does the same with each head of what it reads, of which rows are one."""
         width = value_of(node).shape[-1]
         if type(width) is not int:
             return False
@@ -169,8 +169,7 @@ class Tiling:
             sequences, *size = map(str, table.shape)
             if size != rest or sequences not in (batch, "1"):
                 return False
-        found.options["heads"] = first.value.width // x.shape[-1]
-        return self._put(node, HEADS, self._new(first.value.width), node)
+        return self._by_head(node, found, first)
 
     def _wanted(self) -> tuple[set[fx.Node], set[fx.Node]]:
         """The nodes that are needed as tensors, and those whose steps are needed."""

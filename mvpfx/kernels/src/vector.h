@@ -187,19 +187,13 @@ inline void activate(Vectors<kCount>& x, int activation) {
     case kGeluTanh:
       // 0.5 (1 + tanh u) is sigmoid(2 u).
       KERNEL_EACH(t) y[t] = 1.5957691216057308f * (x[t] + 0.044715f * x[t] * x[t] * x[t]);
-      sigmoids<kCount>(y);
-      KERNEL_EACH(t) x[t] *= y[t];
-      return;
+      break;
     case kGeluQuick:
       KERNEL_EACH(t) y[t] = 1.702f * x[t];
-      sigmoids<kCount>(y);
-      KERNEL_EACH(t) x[t] *= y[t];
-      return;
+      break;
     case kSilu:
       KERNEL_EACH(t) y[t] = x[t];
-      sigmoids<kCount>(y);
-      KERNEL_EACH(t) x[t] *= y[t];
-      return;
+      break;
     case kTanh:
       KERNEL_EACH(t) x[t] *= 2.0f;
       sigmoids<kCount>(x);
@@ -210,6 +204,8 @@ inline void activate(Vectors<kCount>& x, int activation) {
     default:
       return;
   }
+  sigmoids<kCount>(y);
+  KERNEL_EACH(t) x[t] *= y[t];
 }
 
 }  // namespace KERNEL_ISA
