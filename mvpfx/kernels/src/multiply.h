@@ -94,17 +94,59 @@ inline void add_products(Vector (&sums)[kVectors], const float* value, const flo
     sums[t] = add_product<kHalves>(sums[t], w, load(x + t * kLanes));
 }
 
+// Entries whose column all rows of the unit meet: it is read once.
+template <int kGroup, bool kHalves, int kVectors, bool kFull>
+__attribute__((always_inline)) inline void add_shared(Vector (&sums)[kGroup][kVectors], const float*& values,
+                       const uint16_t*& offsets, int32_t count, const Strip& strip) {
+  for (int32_t e = 0; e < count; ++e, values += kGroup, ++offsets) {
+    const float* x = column<kFull>(strip, offsets[0]);
+    Vector xs[kVectors];
+#pragma GCC unroll 4
+    for (int t = 0; t < kVectors; ++t) keep(xs[t] = load(x + t * kLanes));
+#pragma GCC unroll 4
+    for (int r = 0; r < kGroup; ++r) {
+      Vector w = spread<kHalves>(values[r]);
+#pragma GCC unroll 4
+      for (int t = 0; t < kVectors; ++t)
+        sums[r][t] = add_product<kHalves>(sums[r][t], w, xs[t]);
+    }
+  }
+}
+
+// Entries of two rows with a column for each. Loads are what the sums wait for, so offsets are read four
+// at a time.
+template <bool kHalves, int kVectors, bool kFull>
+__attribute__((always_inline)) inline void add_own(Vector (&sums)[2][kVectors], const float*& values, const uint16_t*& offsets,
+                    int32_t count, const Strip& strip) {
+  int32_t e = 0;
+  for (; e + 2 <= count; e += 2, values += 4, offsets += 4) {
+    uint64_t four;
+    std::memcpy(&four, offsets, sizeof(four));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const uint16_t offset = static_cast<uint16_t>(four >> (16 * i));
+      add_products<kVectors, kHalves>(sums[i % 2], values + i, column<kFull>(strip, offset));
+    }
+  }
+  if (e < count) {
+#pragma GCC unroll 2
+    for (int r = 0; r < 2; ++r)
+      add_products<kVectors, kHalves>(sums[r], values + r, column<kFull>(strip, offsets[r]));
+    values += 2, offsets += 2;
+  }
+}
+
 // All units of a block, for kVectors vectors of tokens. kPlain: there is nothing to finish.
 template <int kGroup, bool kHalves, int kVectors, bool kFull, int kStage, bool kPlain>
 void multiply_strip(const Packed& packed, const Block& block, const Epilogue& epilogue,
                     const Strip& strip) {
   const int width = kFull ? kTile : strip.width;
-  const int32_t* unit = packed.units.data() + block.unit * (kGroup + 1);
-  const float* values = packed.values.data() + block.entry * kGroup;
-  const uint16_t* offsets = packed.offsets.data() + (kGroup == 2 ? 2 : 1) * block.entry;
-  for (int64_t u = 0; u < block.units; ++u, unit += kGroup + 1) {
+  const int32_t* unit = packed.units.data() + block.unit * (kGroup + 2);
+  const float* values = packed.values.data() + block.value;
+  const uint16_t* offsets = packed.offsets.data() + block.offset;
+  for (int64_t u = 0; u < block.units; ++u, unit += kGroup + 2) {
     if (kFull && !kNarrow) approach(strip, packed.depth, u);
-    if (u + 1 < block.units) expect<kGroup, kVectors>(unit + kGroup + 1, strip, width);
+    if (u + 1 < block.units) expect<kGroup, kVectors>(unit + kGroup + 2, strip, width);
     Vector sums[kGroup][kVectors];
     float* to[kGroup];
 #pragma GCC unroll 4
@@ -115,42 +157,9 @@ void multiply_strip(const Packed& packed, const Block& block, const Epilogue& ep
       for (int t = 0; t < kVectors; ++t)
         sums[r][t] = kStage & kFirst ? bias : load(to[r] + t * kLanes);
     }
-    const int32_t count = unit[kGroup];
-    if constexpr (kGroup == 2) {
-      // Loads are what the sums wait for, so offsets are read four at a time.
-      int32_t e = 0;
-      for (; e + 2 <= count; e += 2, values += 4, offsets += 4) {
-        uint64_t four;
-        std::memcpy(&four, offsets, sizeof(four));
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const uint16_t offset = static_cast<uint16_t>(four >> (16 * i));
-          add_products<kVectors, kHalves>(sums[i % 2], values + i,
-                                          column<kFull>(strip, offset));
-        }
-      }
-      if (e < count) {
-#pragma GCC unroll 2
-        for (int r = 0; r < 2; ++r)
-          add_products<kVectors, kHalves>(sums[r], values + r,
-                                          column<kFull>(strip, offsets[r]));
-        values += 2, offsets += 2;
-      }
-    } else {
-      for (int32_t e = 0; e < count; ++e, values += kGroup, ++offsets) {
-        const float* x = column<kFull>(strip, offsets[0]);
-        Vector xs[kVectors];
-#pragma GCC unroll 4
-        for (int t = 0; t < kVectors; ++t) keep(xs[t] = load(x + t * kLanes));
-#pragma GCC unroll 4
-        for (int r = 0; r < kGroup; ++r) {
-          Vector w = spread<kHalves>(values[r]);
-#pragma GCC unroll 4
-          for (int t = 0; t < kVectors; ++t)
-            sums[r][t] = add_product<kHalves>(sums[r][t], w, xs[t]);
-        }
-      }
-    }
+    add_shared<kGroup, kHalves, kVectors, kFull>(sums, values, offsets, unit[kGroup], strip);
+    if constexpr (kGroup == 2)
+      add_own<kHalves, kVectors, kFull>(sums, values, offsets, unit[kGroup + 1], strip);
     // The last row first: one that stands in for a missing row is written over by the row itself.
 #pragma GCC unroll 4
     for (int r = kGroup - 1; r >= 0; --r) {

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "packed_matrix.h"
-#include "rows.h"
+#include "row_pairs.h"
 #include "tiles.h"
 
 namespace {
@@ -83,8 +83,8 @@ class Packer {
       int64_t last = std::min(first + packed_->panel, packed_->rows);
       int64_t depths = packed_->depths();
       for (int64_t q = 0; q < depths; ++q) {
-        int64_t group = packed_->group;
-        Block block{unit_count(), 0, static_cast<int64_t>(packed_->values.size()) / group};
+        Block block{unit_count(), 0, static_cast<int64_t>(packed_->offsets.size()),
+                    static_cast<int64_t>(packed_->values.size())};
         // Every row is seen in the first block, where its sum starts, and in the last, where it ends.
         bool all = q == 0 || q == depths - 1;
         if (packed_->group == 2) pairs(first, last, q, all);
@@ -97,7 +97,7 @@ class Packer {
 
  private:
   int64_t unit_count() const {
-    return static_cast<int64_t>(packed_->units.size()) / (packed_->group + 1);
+    return static_cast<int64_t>(packed_->units.size()) / (packed_->group + 2);
   }
 
   // The end of a row's entries that lie in the column block.
@@ -112,33 +112,42 @@ class Packer {
     return static_cast<uint16_t>((column - q * packed_->depth) * kTile);
   }
 
-  // Rows of like length together: loops of one length after the other are foreseen by the processor.
   void pairs(int64_t first, int64_t last, int64_t q, bool all) {
-    std::vector<std::pair<int64_t, int64_t>> order;  // (-count, row)
+    std::vector<RowColumns> rows;
     for (int64_t row = first; row < last; ++row) {
-      int64_t count = static_cast<int64_t>(end_of(row, q) - next_[row]);
-      if (count || all) order.push_back({-count, row});
+      size_t end = end_of(row, q);
+      if (end > next_[row] || all)
+        rows.push_back(RowColumns(row, rows_[row], {next_[row], end}, q * packed_->depth));
+      next_[row] = end;
     }
-    std::sort(order.begin(), order.end());
-    for (size_t i = 0; i < order.size(); i += 2) {
-      bool both = i + 1 < order.size();
-      int64_t pair[2] = {order[i].second, both ? order[i + 1].second : -1};
-      size_t ends[2] = {end_of(pair[0], q), both ? end_of(pair[1], q) : 0};
-      int32_t count = static_cast<int32_t>(-order[i].first);
-      packed_->units.push_back(static_cast<int32_t>(pair[0]));
-      packed_->units.push_back(static_cast<int32_t>(both ? pair[1] : pair[0]));
-      packed_->units.push_back(count);
-      for (int32_t e = 0; e < count; ++e)
-        for (int r = 0; r < 2; ++r) {
-          int64_t row = pair[r];
-          size_t at = row < 0 ? 0 : next_[row] + e;
-          bool there = row >= 0 && at < ends[r];
-          packed_->offsets.push_back(there ? offset(rows_[row][at].column, q) : 0);
-          packed_->values.push_back(there ? rows_[row][at].value : 0.0f);
-        }
-      for (int r = 0; r < 2; ++r)
-        if (pair[r] >= 0) next_[pair[r]] = ends[r];
+    for (const RowPair& pair : pair_rows(std::move(rows))) append(pair, q);
+  }
+
+  void append(const RowPair& pair, int64_t q) {
+    for (int64_t row : pair.rows) packed_->units.push_back(static_cast<int32_t>(row));
+    packed_->units.push_back(pair.shared);
+    packed_->units.push_back(pair.own);
+    const std::vector<Entry>* rows[2] = {&rows_[pair.rows[0]], &rows_[pair.rows[1]]};
+    std::vector<Entry> own[2];
+    for (Span a = pair.spans[0], b = pair.spans[1]; a.size() || b.size();) {
+      int64_t column = a.size() ? (*rows[0])[a.first].column : INT64_MAX;
+      int64_t other = b.size() ? (*rows[1])[b.first].column : INT64_MAX;
+      if (column == other) {
+        packed_->offsets.push_back(offset(static_cast<int32_t>(column), q));
+        packed_->values.push_back((*rows[0])[a.first++].value);
+        packed_->values.push_back((*rows[1])[b.first++].value);
+      } else if (column < other) {
+        own[0].push_back((*rows[0])[a.first++]);
+      } else {
+        own[1].push_back((*rows[1])[b.first++]);
+      }
     }
+    for (int32_t e = 0; e < pair.own; ++e)
+      for (const std::vector<Entry>& entries : own) {
+        bool there = e < static_cast<int32_t>(entries.size());
+        packed_->offsets.push_back(there ? offset(entries[e].column, q) : 0);
+        packed_->values.push_back(there ? entries[e].value : 0.0f);
+      }
   }
 
   void fours(int64_t first, int64_t last, int64_t q, bool all) {
@@ -153,6 +162,7 @@ class Packer {
       for (int64_t r = row; r < row + 4; ++r)
         packed_->units.push_back(static_cast<int32_t>(r < end ? r : row));
       packed_->units.push_back(static_cast<int32_t>(columns.size()));
+      packed_->units.push_back(0);
       for (int32_t column : columns) {
         packed_->offsets.push_back(offset(column, q));
         for (int64_t r = row; r < row + 4; ++r) {

@@ -6,8 +6,8 @@
 
 // Rows and columns whose activations stay in cache while they are multiplied.
 struct Block {
-  int64_t unit, units;  // the first, and how many
-  int64_t entry;        // the first entry of its first unit
+  int64_t unit, units;    // the first, and how many
+  int64_t offset, value;  // the first of its first unit
 };
 
 // The most rows that a matrix unit multiplies at once, and pairs of columns.
@@ -26,10 +26,10 @@ struct Packed {
   int64_t panel;      // rows of a block
   int64_t depth;      // columns of a block
   std::vector<Block> blocks;  // panel by panel, within it by columns
-  // Rows that are computed together, two with nonzeros of their own or four that share columns: their
-  // numbers, then how many entries they have. Where rows are missing the first stands in, with zeros.
+  // Rows that are computed together, two or four: their numbers, then how many entries they share, then
+  // how many each of two has besides. Where rows are missing the first stands in, with zeros.
   std::vector<int32_t> units;
-  // Of a pair an entry is two offsets and two values, of four rows one offset and four values.
+  // An entry that rows share is one offset and a value for each, another an offset and a value for each.
   // An offset is that of a column within its block, in tokens of a full tile.
   std::vector<uint16_t> offsets;
   std::vector<float> values;
