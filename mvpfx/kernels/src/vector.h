@@ -34,6 +34,28 @@ inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(
 inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 // Not `0 + x`: the compiler has to keep that addition, for the sake of -0.
 inline Vector broadcast(float x) { return x - Vector{}; }
+// Four values that are read at once, each of which becomes a vector of its own.
+#if defined(KERNEL_SPREADS_FOURS)
+constexpr bool kSpreadsFours = true;
+struct Fours {
+  Vector values;
+  explicit Fours(const float* four) : values(_mm512_maskz_broadcast_f32x4(-1, _mm_loadu_ps(four))) {}
+  Vector spread(int i) const {
+    switch (i) {
+      case 0: return _mm512_maskz_permute_ps(-1, values, 0x00);
+      case 1: return _mm512_maskz_permute_ps(-1, values, 0x55);
+      case 2: return _mm512_maskz_permute_ps(-1, values, 0xaa);
+      default: return _mm512_maskz_permute_ps(-1, values, 0xff);
+    }
+  }
+};
+#else
+constexpr bool kSpreadsFours = false;
+struct Fours {
+  explicit Fours(const float*) {}
+  Vector spread(int) const { return Vector{}; }
+};
+#endif
 // Keeps x in a register. Compilers read it again for each row that it meets where an instruction can
 // do so, and there loads are what a product waits for.
 inline void keep(Vector& x) {
