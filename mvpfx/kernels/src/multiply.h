@@ -93,10 +93,12 @@ inline void add_products(Vector (&sums)[kVectors], Vector w, const float* x) {
     sums[t] = add_product<kHalves>(sums[t], w, load(x + t * kLanes));
 }
 
-// Entries whose column all rows of the unit meet: it is read once.
+// Entries whose column all rows of the unit meet: it is read once. They and the rest move `values` and
+// `offsets` on. Sums stay in registers only if these calls become part of the loop over units.
 template <int kGroup, bool kHalves, int kVectors, bool kFull>
-__attribute__((always_inline)) inline void add_shared(Vector (&sums)[kGroup][kVectors], const float*& values,
-                       const uint16_t*& offsets, int32_t count, const Strip& strip) {
+__attribute__((always_inline)) inline void add_shared(
+    Vector (&sums)[kGroup][kVectors], const float*& values, const uint16_t*& offsets, int32_t count,
+    const Strip& strip) {
   for (int32_t e = 0; e < count; ++e, values += kGroup, ++offsets) {
     const float* x = column<kFull>(strip, offsets[0]);
     Vector xs[kVectors];
@@ -115,8 +117,9 @@ __attribute__((always_inline)) inline void add_shared(Vector (&sums)[kGroup][kVe
 // Entries of two rows with a column for each. Loads are what the sums wait for, so offsets are read four
 // at a time, and values too where a processor can spread each of four in less time than it reads one.
 template <bool kHalves, int kVectors, bool kFull>
-__attribute__((always_inline)) inline void add_own(Vector (&sums)[2][kVectors], const float*& values, const uint16_t*& offsets,
-                    int32_t count, const Strip& strip) {
+__attribute__((always_inline)) inline void add_own(
+    Vector (&sums)[2][kVectors], const float*& values, const uint16_t*& offsets, int32_t count,
+    const Strip& strip) {
   int32_t e = 0;
   for (; e + 2 <= count; e += 2, values += 4, offsets += 4) {
     uint64_t four;
