@@ -46,11 +46,8 @@ def measure(
         SparseLinear.from_dense(weight * mask, bias, output_layout="tiled")
         for weight, mask in zip(weights, kept, strict=True)
     ]
-    inside, outside = Part(0, 0, columns), Part(1, 0, rows)
-    enter = Chain([Step("enter", None, inside, (0,))], [Place(columns, slot=0)], [0])
-    places = [Place(columns, argument=0), Place(rows, slot=1)]
-    step = Step("multiply", inside, outside, (1,))
-    products = [(Chain([step], places, [1]), layer) for layer in layers]
+    enter, _ = chains(rows, columns)
+    products = [(chains(rows, columns)[1], layer) for layer in layers]
     (tiles,) = enter(x)
     calls = {
         "dense": lambda: [F.linear(x, weight, bias) for weight in weights],
@@ -62,6 +59,14 @@ def measure(
         name: Quartiles(t.median_ms / COPIES, t.low_ms / COPIES, t.high_ms / COPIES)
         for name, t in times.items()
     }
+
+
+def chains(rows: int, columns: int) -> tuple[Chain, Chain]:
+    """What takes activations `[tokens, columns]` into tiles, and multiplies those by a layer."""
+    inside, outside = Part(0, 0, columns), Part(1, 0, rows)
+    enter = Chain([Step("enter", None, inside, (0,))], [Place(columns, slot=0)], [0])
+    places = [Place(columns, argument=0), Place(rows, slot=1)]
+    return enter, Chain([Step("multiply", inside, outside, (1,))], places, [1])
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from benchmarks import (
     coverage_table,
     inference_cells,
     inference_plot,
+    inference_profile,
     inference_table,
     presets,
     results_file,
@@ -103,12 +104,18 @@ def of_architectures(results: list[dict[str, Any]]) -> str:
     return architectures.table(results_file.read_all(architectures.FOLDER))
 
 
+def profiles(results: list[dict[str, Any]]) -> str:
+    """Where the time of converted models goes, which has result files of its own, too."""
+    return inference_profile.table(results_file.read_all(inference_profile.FOLDER))
+
+
 TABLES: dict[tuple[str, str], Callable[[list[dict[str, Any]]], str]] = {
     (BEGIN, END): table,
     (accuracy_table.BEGIN, accuracy_table.END): studied,
     (inference_table.BEGIN, inference_table.END): inference,
     (inference_table.SUMMARY_BEGIN, inference_table.SUMMARY_END): inference_summary,
     (architectures.BEGIN, architectures.END): of_architectures,
+    (inference_profile.BEGIN, inference_profile.END): profiles,
     (coverage_table.BEGIN, coverage_table.END): coverage_table.table,
     (structured_table.LATENCY_BEGIN, structured_table.LATENCY_END): structured_table.latency,
     (training_step_table.BEGIN, training_step_table.END): training_step_table.table,
