@@ -127,7 +127,7 @@ def main() -> None:
 
 def table(results: list[dict[str, Any]]) -> str:
     """A table in Markdown for each kind of processor."""
-    return "\n\n".join(map(_table, results)) or "No result files yet."
+    return results_file.parts(_table, results)
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -31,7 +32,7 @@ from torch import nn
 from benchmarks import inference_models, measure, results_file
 from benchmarks.engines import ENGINES, Engine, Task
 from benchmarks.inference_models import FOR_PEOPLE, MODELS
-from benchmarks.kernel_rate import chains
+from benchmarks.kernel_rate import entering, multiplying
 from mvpfx.cost import compare
 from mvpfx.kernels.library import isa
 from mvpfx.storage import SparseLinear
@@ -115,9 +116,8 @@ def gflops_without_zeros(linears: Mapping[str, nn.Linear], tokens: int, rounds: 
     calls: dict[str, Callable[[], object]] = {}
     for shape in shapes:
         layer = SparseLinear.from_dense(torch.randn(shape), None, output_layout="tiled")
-        enter, product = chains(*shape)
-        (tiles,) = enter(torch.randn(tokens, shape[1]))
-        calls[str(shape)] = partial(product, tiles, layer)
+        (tiles,) = entering(shape[1])(torch.randn(tokens, shape[1]))
+        calls[str(shape)] = partial(multiplying(*shape), tiles, layer)
     times = compare(calls, rounds=rounds)
     milliseconds = sum(n * times[str(shape)].median_ms for shape, n in shapes.items())
     operations = sum(n * 2 * shape[0] * shape[1] * tokens for shape, n in shapes.items())
@@ -148,7 +148,7 @@ def profile(density: float, batch: int, seconds: int, rounds: int) -> dict[str, 
     return {
         "density": density,
         "batch": batch,
-        "ms": {"q1": times.q1, "median": times.median, "q3": times.q3},
+        "ms": asdict(times),
         **rates(times.median, shares, 2e-9 * nonzeros * batch * model.shape.sequence, limit),
     }
 
@@ -199,7 +199,7 @@ def main() -> None:
 
 def table(results: list[dict[str, Any]]) -> str:
     """A table in Markdown for each kind of processor."""
-    return "\n\n".join(map(_table, results)) or "No result files yet."
+    return results_file.parts(_table, results)
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -46,9 +46,8 @@ def measure(
         SparseLinear.from_dense(weight * mask, bias, output_layout="tiled")
         for weight, mask in zip(weights, kept, strict=True)
     ]
-    enter, _ = chains(rows, columns)
-    products = [(chains(rows, columns)[1], layer) for layer in layers]
-    (tiles,) = enter(x)
+    products = [(multiplying(rows, columns), layer) for layer in layers]
+    (tiles,) = entering(columns)(x)
     calls = {
         "dense": lambda: [F.linear(x, weight, bias) for weight in weights],
         "layer": lambda: [layer(x) for layer in layers],
@@ -61,12 +60,16 @@ def measure(
     }
 
 
-def chains(rows: int, columns: int) -> tuple[Chain, Chain]:
-    """What takes activations `[tokens, columns]` into tiles, and multiplies those by a layer."""
-    inside, outside = Part(0, 0, columns), Part(1, 0, rows)
-    enter = Chain([Step("enter", None, inside, (0,))], [Place(columns, slot=0)], [0])
-    places = [Place(columns, argument=0), Place(rows, slot=1)]
-    return enter, Chain([Step("multiply", inside, outside, (1,))], places, [1])
+def entering(columns: int) -> Chain:
+    """What takes activations `[tokens, columns]` into tiles."""
+    step = Step("enter", None, Part(0, 0, columns), (0,))
+    return Chain([step], [Place(columns, slot=0)], [0])
+
+
+def multiplying(rows: int, columns: int) -> Chain:
+    """What multiplies such tiles by a layer of `rows` outputs."""
+    step = Step("multiply", Part(0, 0, columns), Part(1, 0, rows), (1,))
+    return Chain([step], [Place(columns, argument=0), Place(rows, slot=1)], [1])
 
 
 def main() -> None:

@@ -99,14 +99,9 @@ def inference_summary(results: list[dict[str, Any]]) -> str:
     return inference_table.summary(inference_cells.results())
 
 
-def of_architectures(results: list[dict[str, Any]]) -> str:
-    """The table of other architectures, which has result files of its own, too."""
-    return architectures.table(results_file.read_all(architectures.FOLDER))
-
-
-def profiles(results: list[dict[str, Any]]) -> str:
-    """Where the time of converted models goes, which has result files of its own, too."""
-    return inference_profile.table(results_file.read_all(inference_profile.FOLDER))
+def of_folder(benchmark: Any) -> Callable[[list[dict[str, Any]]], str]:
+    """What makes the table of a benchmark that has a folder of result files of its own, too."""
+    return lambda results: benchmark.table(results_file.read_all(benchmark.FOLDER))
 
 
 TABLES: dict[tuple[str, str], Callable[[list[dict[str, Any]]], str]] = {
@@ -114,8 +109,8 @@ TABLES: dict[tuple[str, str], Callable[[list[dict[str, Any]]], str]] = {
     (accuracy_table.BEGIN, accuracy_table.END): studied,
     (inference_table.BEGIN, inference_table.END): inference,
     (inference_table.SUMMARY_BEGIN, inference_table.SUMMARY_END): inference_summary,
-    (architectures.BEGIN, architectures.END): of_architectures,
-    (inference_profile.BEGIN, inference_profile.END): profiles,
+    (architectures.BEGIN, architectures.END): of_folder(architectures),
+    (inference_profile.BEGIN, inference_profile.END): of_folder(inference_profile),
     (coverage_table.BEGIN, coverage_table.END): coverage_table.table,
     (structured_table.LATENCY_BEGIN, structured_table.LATENCY_END): structured_table.latency,
     (training_step_table.BEGIN, training_step_table.END): training_step_table.table,

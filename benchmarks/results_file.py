@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -80,3 +81,8 @@ def write(path: Path, result: dict[str, Any]) -> None:
 def read_all(folder: Path = FOLDER) -> list[dict[str, Any]]:
     """Every result of a folder, in the order of the file names."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def parts(table: Callable[[dict[str, Any]], str], results: list[dict[str, Any]]) -> str:
+    """The table of each result below the other, or that there is none."""
+    return "\n\n".join(map(table, results)) or "No result files yet."
