@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mvpfx.native_linear import NativeLinear
 from mvpfx.recurrent import refresh_flat_weights
 from mvpfx.reduced_attention import ReducedAttention
 from mvpfx.storage import INDEX_DTYPE, Layout, SparseLinear
@@ -22,6 +23,7 @@ from mvpfx.swap import original_class
 from mvpfx.transformers_types import is_conv1d, is_pretrained
 
 SPARSE = SparseLinear.__name__
+NATIVE_DENSE = NativeLinear.__name__
 REDUCED: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
     ReducedAttention.__name__: (nn.MultiheadAttention, ReducedAttention)
 }
@@ -164,10 +166,13 @@ def fill(model: nn.Module, blueprint: Blueprint, stored: Mapping[str, Tensor]) -
             raise ValueError(f"{name} belongs to no module")
         by_owner[owner][leaf] = made[blueprint.tied.get(name, name)]
     for name, tensors in by_owner.items():
-        if blueprint.modules[name] == SPARSE:
+        kind = blueprint.modules[name]
+        if kind == SPARSE:
             _put_sparse(model, name, blueprint, tensors)
-        else:
-            _put(model.get_submodule(name), name, tensors)
+            continue
+        if kind == NATIVE_DENSE:
+            _put_native(model, name, blueprint, "bias" in tensors)
+        _put(model.get_submodule(name), name, tensors)
     for name, sizes in blueprint.sizes.items():
         _set_sizes(model.get_submodule(name), name, sizes)
     refresh_flat_weights(model)
@@ -195,10 +200,11 @@ def _check_modules(model: nn.Module, blueprint: Blueprint) -> None:
         if found is None:
             raise ValueError(f"{blueprint.kind} has no module {name!r}, a {kind}")
         module = model.get_submodule(name)
-        sparse = kind == SPARSE and (isinstance(module, nn.Linear) or is_conv1d(module))
+        linear = isinstance(module, nn.Linear) or is_conv1d(module)
+        replaced = kind in (SPARSE, NATIVE_DENSE) and linear
         if kind in REDUCED and original_class(module) is REDUCED[kind][0]:
             module.__class__ = cast("Any", REDUCED[kind][1])
-        elif found != kind and not sparse:
+        elif found != kind and not replaced:
             raise ValueError(f"{name} is a {found}, and a {kind} was saved")
     if own:
         raise ValueError(f"the module {next(iter(own))!r} of {blueprint.kind} was not saved")
@@ -233,6 +239,20 @@ def _put_sparse(
     block = values.shape[-1] if values.dim() == 3 else 1
     check_indices(name, crow, col, rows, columns // block)
     layer = SparseLinear(columns, rows, crow, col, values, tensors.get("bias"), layout)
+    _replace(model, name, layer)
+
+
+def _put_native(model: nn.Module, name: str, blueprint: Blueprint, bias: bool) -> None:
+    """Put a layer without tensors where another one was."""
+    sizes = blueprint.sizes.get(name, {})
+    try:
+        layer = NativeLinear.empty(sizes["in_features"], sizes["out_features"], bias)
+    except KeyError as error:
+        raise ValueError(f"the layer {name} lacks {error}") from None
+    _replace(model, name, layer)
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     owner, _, leaf = name.rpartition(".")
     model.get_submodule(owner)._modules[leaf] = layer
 

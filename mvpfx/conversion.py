@@ -13,9 +13,10 @@ from mvpfx import store
 from mvpfx.comparison import compare_models
 from mvpfx.computed import duplicate
 from mvpfx.distributed import check_whole
-from mvpfx.facts import SPARSE
+from mvpfx.facts import REDUCED, SPARSE
 from mvpfx.kernels.fused_region import FusedRegion
 from mvpfx.kernels.library import LIBRARY
+from mvpfx.native_linear import NativeLinear
 from mvpfx.passes.capture import Capture
 from mvpfx.passes.choose_storage import HOPELESS, ChooseStorage
 from mvpfx.passes.find_sites import FindSites
@@ -126,7 +127,8 @@ def fuse(model: nn.Module) -> nn.Module:
     owners = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, SparseLinear) and module.output_layout == "tiled"
+        if isinstance(module, NativeLinear)
+        or (isinstance(module, SparseLinear) and module.output_layout == "tiled")
     }
     if owners and LIBRARY is not None:
         inner = dict(region_modules(model, owners))
@@ -170,18 +172,21 @@ def _check_folded(program: Program) -> None:
 
 def _alternatives(chosen: Program, shrunk: Program) -> dict[str, tuple[Program, list[Record]]]:
     """Other choices of storage worth a comparison end to end."""
-    sparse = any(storage in SPARSE for storage in chosen.storages.values())
-    names = ["dense", "csr"] if sparse else []
-    if any(t.ms.get("native", math.inf) < EDGES * t.ms["dense"] for t in chosen.timings.values()):
-        names.append("native")
+    storages, timings = set(chosen.storages.values()), chosen.timings.values()
+    choices = [("dense", False), ("csr", False)] if storages & {*SPARSE} else []
+    unknown = not timings and REDUCED in storages
+    if unknown or any(t.ms.get("native", math.inf) < EDGES * t.ms["dense"] for t in timings):
+        choices += [("native", False), ("native", True)]
     timed = replace(shrunk, timings=chosen.timings)
     why = "alike for all sites, which is fastest end to end"
-    return {
-        f"all {storage}": run(
-            (ChooseStorage(storage, HOPELESS, why), PropagateLayout(), LowerMatmuls()), timed
-        )
-        for storage in names
-    }
+    found: dict[str, tuple[Program, list[Record]]] = {}
+    for storage, dense_too in choices:
+        choose = ChooseStorage(storage, HOPELESS, dense_too, why)
+        result = run((choose, PropagateLayout(), LowerMatmuls()), timed)
+        known = [program.storages for program in (chosen, *(other for other, _ in found.values()))]
+        if result[0].storages not in known:
+            found[f"all {storage}{', dense too' * dense_too}"] = result
+    return found
 
 
 def _plain(program: Program) -> nn.Module:

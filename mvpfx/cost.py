@@ -15,6 +15,8 @@ from torch import Tensor
 from mvpfx.storage import SparseLinear
 
 INDEX_BYTES = 4
+DENSE = ("dense", "reduced", "native_dense")
+"""The storages that keep every value."""
 COPIES_BYTES = 8 * 2**20
 """Bytes of copies of one weight that are gone through while timing it."""
 MOST_COPIES = 8
@@ -38,7 +40,8 @@ def storage_bytes(
     """Bytes of a weight in a storage.
 
     Args:
-        storage: dense, reduced, csr, bsr or native, which keeps what csr does.
+        storage: dense, reduced or native_dense, which all keep every value, csr, bsr, or native,
+            which keeps what csr does.
         shape: of the weight as stored (after shrinking).
         nonzero: stored values; for BSR the values of all stored blocks.
         itemsize: bytes a value.
@@ -50,14 +53,15 @@ def storage_bytes(
     >>> storage_bytes("dense", (384, 1536), 58982, 4), storage_bytes("csr", (384, 1536), 58982, 4)
     (2359296, 473396)
     """
-    if storage in ("dense", "reduced"):
+    if storage in DENSE:
         return math.prod(shape) * itemsize
     if storage in ("csr", "native"):
         return nonzero * (itemsize + INDEX_BYTES) + (shape[0] + 1) * INDEX_BYTES
     if storage == "bsr":
         indices = nonzero // block**2 + shape[0] // block + 1
         return nonzero * itemsize + indices * INDEX_BYTES
-    raise ValueError(f"unknown storage {storage!r}; known: dense, reduced, csr, bsr, native")
+    known = ", ".join((*DENSE, "csr", "bsr", "native"))
+    raise ValueError(f"unknown storage {storage!r}; known: {known}")
 
 
 def compare(

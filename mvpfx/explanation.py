@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from tabulate import tabulate
 from torch import nn
 
+from mvpfx.facts import NATIVE
 from mvpfx.kernels.library import MISSING, isa
 from mvpfx.pipeline import Decision
 from mvpfx.region import NOT_CALLED, region_of
@@ -80,7 +81,7 @@ def _outcome(report: Report) -> list[str]:
         lines.append("Nothing was gained: no site became smaller.")
     if report.before is not None and report.after is not None:
         lines.append(totals_table(report.before, report.after))
-    if any(row.storage == "native" for row in report.rows):
+    if any(row.storage in NATIVE for row in report.rows):
         lines.append(f"Native kernels: {isa() or MISSING}")
     elif report.rows and isa() is None:
         lines.append(f"Sparse weights are multiplied by torch.sparse: {MISSING}.")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import fx
+from torch import fx, nn
 
+from mvpfx.native_linear import NativeLinear
 from mvpfx.program import Program, full_name
 from mvpfx.storage import SparseLinear
 
@@ -19,8 +20,19 @@ Fact = Callable[[Program], str | None]
 FACTS: dict[str, Fact] = {}
 """Fact name -> predicate; filled by `fact`."""
 
+REDUCED = "reduced"
+"""The storage of a dense weight that became smaller."""
 SPARSE = ("csr", "bsr", "native")
 """The storages that a `SparseLinear` keeps."""
+NATIVE_DENSE = "native_dense"
+"""The storage that a `NativeLinear` keeps."""
+NATIVE = ("native", NATIVE_DENSE)
+"""The storages that native kernels compute with."""
+MODULES: dict[str, type[nn.Module]] = {
+    **dict.fromkeys(SPARSE, SparseLinear),
+    NATIVE_DENSE: NativeLinear,
+}
+"""Storage -> the module that keeps it; others stay in the module they are in."""
 
 
 def fact(name: str) -> Callable[[Fact], Fact]:
@@ -84,19 +96,19 @@ def storages_chosen(program: Program) -> str | None:
 
 @fact("layouts_chosen")
 def layouts_chosen(program: Program) -> str | None:
-    """Every sparse site has an output layout."""
+    """Every site that moves to another module has an output layout."""
     for name, storage in program.storages.items():
-        if storage in SPARSE and name not in program.layouts:
+        if storage in MODULES and name not in program.layouts:
             return f"{name} is {storage} and has no output layout"
     return None
 
 
 @fact("lowered")
 def lowered(program: Program) -> str | None:
-    """Every sparse site is a `SparseLinear` module."""
+    """Every site is in the module that keeps its storage."""
     for name, storage in program.storages.items():
-        if storage in SPARSE:
+        if storage in MODULES:
             module = program.module(program.sites[name].module_name)
-            if not isinstance(module, SparseLinear):
+            if not isinstance(module, MODULES[storage]):
                 return f"{name} is {storage}, its module {type(module).__name__}"
     return None

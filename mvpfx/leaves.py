@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mvpfx.native_linear import NativeLinear
 from mvpfx.storage import SparseLinear
 from mvpfx.torch_private import grouped_mm, linear
 
@@ -160,12 +161,12 @@ _LOOKED_INTO = (
 @functools.cache
 def is_leaf_type(kind: type) -> bool:
     """Whether modules of this class are one node: torch.nn layers that multiply by no weight, and
-    sparse layers.
+    layers on native kernels or with sparse weights.
 
     >>> is_leaf_type(nn.LayerNorm), is_leaf_type(nn.Linear)
     (True, False)
     """
-    if issubclass(kind, SparseLinear):
+    if issubclass(kind, (SparseLinear, NativeLinear)):
         return True
     own = kind.__module__.startswith("torch.nn.modules.") and kind is not nn.Module
     return own and not issubclass(kind, _LOOKED_INTO)

@@ -35,7 +35,7 @@ class Timing:
         return self.ms["dense"]
 
     def after_ms(self, storage: str) -> float:
-        """In `storage`; a reduced weight is a dense one."""
+        """In `storage`; one that was not measured by itself is a dense one."""
         return self.ms.get(storage, self.before_ms)
 
 
@@ -65,7 +65,7 @@ class Program:
     rules: dict[str, Rule] = field(default_factory=dict[str, "Rule"])
     """Site -> the rule it was prepared with."""
     storages: dict[str, str] = field(default_factory=dict[str, str])
-    """Site -> dense, reduced, csr or bsr."""
+    """Site -> dense, reduced, csr, bsr, native or native_dense."""
     layouts: dict[str, str] = field(default_factory=dict[str, str])
     """Sparse site -> the layout of its output: feature_major or token_major."""
     tokens: dict[str, int] = field(default_factory=dict[str, int])

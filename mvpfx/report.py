@@ -11,6 +11,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from mvpfx.comparison import Comparison
+from mvpfx.kernels.weight import values_of
+from mvpfx.native_linear import NativeLinear
 from mvpfx.pipeline import Decision, Record
 from mvpfx.program import Program
 from mvpfx.scheduler import refresh_weights
@@ -31,7 +33,7 @@ class Row:
         shape_before, shape_after: of the matrix that is multiplied.
         granularity: what it was pruned in; "-" where it was not pruned by this package.
         kept, total: nonzero values after, all values before.
-        storage: dense, reduced, csr or bsr.
+        storage: dense, reduced, csr, bsr, native or native_dense.
         bytes_before, bytes_after: of the weight with its indices, without the bias.
         before_ms, after_ms: measured at `tokens` rows of activations; None where not measured.
     """
@@ -116,8 +118,8 @@ def make_rows(program: Program) -> list[Row]:
     for site in program.sites.values():
         before = _raw(program.model, site.name)
         module = program.module(site.module_name)
-        if isinstance(module, SparseLinear):
-            values, after_bytes = module.values, module.storage_bytes
+        if isinstance(module, (SparseLinear, NativeLinear)):
+            values, after_bytes = values_of(module), module.storage_bytes
             shape_after = (module.out_features, module.in_features)[:: 1 - 2 * site.out_dim]
         else:
             value = program.parameter(site.name)

@@ -1,4 +1,4 @@
-"""Choose how each site's weight is stored: dense, reduced, csr, bsr or native.
+"""Choose how each site's weight is stored: dense, reduced, csr, bsr, native or native_dense.
 
 A sparse storage is taken only where it is clearly faster than the dense matmul of the same
 (shrunken) shape, transposes at both edges included: measured at the token count of the example
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mvpfx.break_even import break_even
 from mvpfx.cost import MARGIN, measure_storages
-from mvpfx.facts import SPARSE
+from mvpfx.facts import NATIVE_DENSE, REDUCED, SPARSE
 from mvpfx.kernels.library import no_kernels
 from mvpfx.layer import Layer, find_layers, is_linear, is_own_call, tied_names
 from mvpfx.pipeline import Decision, Pass
@@ -40,6 +40,8 @@ class ChooseStorage(Pass):
         lowering: "auto" takes the fastest; "dense", "csr", "bsr" or "native" is taken wherever it
             can be.
         highest_density: denser sites stay dense even where a sparse storage is named.
+        dense_too: whether those that stay dense, where "native" is named, are computed by native
+            kernels all the same.
         why: the reason that is recorded where a storage is named.
         rounds: timed rounds of each measurement.
 
@@ -52,6 +54,7 @@ class ChooseStorage(Pass):
     ensures: ClassVar[tuple[str, ...]] = ("storages_chosen",)
     lowering: str = "auto"
     highest_density: float = 1.0
+    dense_too: bool = False
     why: str = "asked for"
     rounds: int = 11
 
@@ -86,7 +89,10 @@ class ChooseStorage(Pass):
         if self.lowering in SPARSE:
             reason = obstacle or self._impossible(program, layers[0])
             density = program.density(site.name)
-            if density > self.highest_density:
+            if reason is None and density > self.highest_density:
+                if self.dense_too:
+                    decision = Decision(site.name, f"store as {NATIVE_DENSE}", True, self.why)
+                    return NATIVE_DENSE, decision
                 reason = f"density {density:.2f} is too high for sparse storage"
             if reason is not None:
                 reason = f"{reason}; stays {dense}"
@@ -185,7 +191,7 @@ def _by_weight(program: Program) -> dict[str, list[Layer]]:
 
 def _dense_name(program: Program, site: Site) -> str:
     value = program.parameter(site.name)
-    return "reduced" if value is not None and tuple(value.shape) != site.shape else "dense"
+    return REDUCED if value is not None and tuple(value.shape) != site.shape else "dense"
 
 
 def _no_block(program: Program, layer: Layer) -> str | None:

@@ -38,7 +38,7 @@ class FuseTiles(Pass):
             obstacle = tiling.obstacle()
             drafts = [] if obstacle else fold(tiling.drafts())
             if not any(draft.kind == "multiply" for draft in drafts):
-                reason = obstacle or "no sparse layer on native kernels"
+                reason = obstacle or "no layer on native kernels"
                 yield Decision(region, "fuse", False, reason)
                 continue
             writer = _Writer(drafts)

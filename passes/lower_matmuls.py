@@ -1,4 +1,4 @@
-"""Replace the modules of sparse sites by `SparseLinear`, and show it in the graphs."""
+"""Replace the modules of sites by those that keep their storage, and show it in the graphs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from mvpfx.facts import SPARSE
+from mvpfx.facts import MODULES, NATIVE_DENSE
 from mvpfx.layer import Layer, find_layers
+from mvpfx.native_linear import NativeLinear
 from mvpfx.pipeline import Decision, Pass
 from mvpfx.program import Program
 from mvpfx.storage import Layout, SparseLinear, find_block
@@ -17,7 +18,7 @@ from mvpfx.storage import Layout, SparseLinear, find_block
 
 @dataclass(frozen=True)
 class LowerMatmuls(Pass):
-    """Build the sparse modules that earlier passes decided on."""
+    """Build the modules that earlier passes decided on."""
 
     name: ClassVar[str] = "lower_matmuls"
     requires: ClassVar[tuple[str, ...]] = ("storages_chosen", "layouts_chosen")
@@ -28,33 +29,43 @@ class LowerMatmuls(Pass):
         for layers in find_layers(program).values():
             for layer in layers.values():
                 storage = program.storages.get(layer.weight_name)
-                if storage not in SPARSE:
+                if storage not in MODULES:
                     continue
                 module = program.module(layer.owner)
-                if not isinstance(module, SparseLinear):
-                    module = _build(program, layer, storage)
-                    program.modules[layer.owner] = module
-                    size = module.in_features * module.out_features
-                    reason = (
-                        f"{module.values.numel()} of {size} values, "
-                        f"{module.storage_bytes} bytes, {module.output_layout} output"
-                    )
+                if not isinstance(module, MODULES[storage]):
+                    module = program.modules[layer.owner] = _build(program, layer, storage)
+                    reason = _described(module)
                     yield Decision(layer.weight_name, f"lower to {storage}", True, reason)
                 _rewrite(layer)
 
 
-def _build(program: Program, layer: Layer, storage: str) -> SparseLinear:
-    weight = layer.weight(program).contiguous()
-    block = 1 if storage != "bsr" else find_block(weight) or find_block(weight, waste=float("inf"))
-    layout = cast("Layout", program.layouts[layer.weight_name])
-    bias = layer.bias(program)
-    built = SparseLinear.from_dense(weight, bias, block or 1, layout)
+def _build(program: Program, layer: Layer, storage: str) -> SparseLinear | NativeLinear:
+    weight, bias = layer.weight(program).contiguous(), layer.bias(program)
+    if storage == NATIVE_DENSE:
+        built = NativeLinear.of(weight, bias)
+    else:
+        built = _sparse(weight, bias, storage, program.layouts[layer.weight_name])
     original = program.module(layer.owner)
     assert original is not None
     trains = next(iter(original._parameters.values()))
     for parameter in built.parameters():
         parameter.requires_grad_(isinstance(trains, nn.Parameter) and trains.requires_grad)
     return built.train(original.training)
+
+
+def _sparse(weight: Tensor, bias: Tensor | None, storage: str, layout: str) -> SparseLinear:
+    block = 1 if storage != "bsr" else find_block(weight) or find_block(weight, waste=float("inf"))
+    return SparseLinear.from_dense(weight, bias, block or 1, cast("Layout", layout))
+
+
+def _described(module: SparseLinear | NativeLinear) -> str:
+    size = module.in_features * module.out_features
+    if isinstance(module, NativeLinear):
+        return f"{size} values, {module.storage_bytes} bytes, tiled output"
+    return (
+        f"{module.values.numel()} of {size} values, "
+        f"{module.storage_bytes} bytes, {module.output_layout} output"
+    )
 
 
 def _rewrite(layer: Layer) -> None:

@@ -14,6 +14,7 @@ from typing import ClassVar
 from torch import fx
 
 from mvpfx.dims.operations import find_operation
+from mvpfx.facts import NATIVE
 from mvpfx.layer import Layer, find_layers, is_conv1d_view
 from mvpfx.pipeline import Decision, Pass
 from mvpfx.program import Program, full_name
@@ -42,7 +43,7 @@ class PropagateLayout(Pass):
         for name, storage in program.storages.items():
             if name in program.layouts:
                 continue
-            if storage == "native":
+            if storage in NATIVE:
                 program.layouts[name] = "tiled"
                 yield Decision(name, "output tiled", True, "native kernels compute in tiles")
             if storage not in FEATURE_MAJOR:

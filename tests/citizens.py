@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 
 import mvpfx
+from mvpfx.comparison import Comparison
+from mvpfx.facts import NATIVE_DENSE
+from mvpfx.kernels.library import LIBRARY
 from tests.models import Batch, build
 
 MODELS = ("bert", "llama_cached", "gpt2")
-STORAGES = ("dense", "csr", "bsr", "native")
+STORAGES = ("dense", "csr", "bsr", "native", *((NATIVE_DENSE,) if LIBRARY else ()))
 _PRODUCERS = ("intermediate.dense", "gate_proj", "up_proj")
 _HEADS = {"attention.self.value": 8, "v_proj": 8}
 
@@ -22,13 +27,14 @@ _HEADS = {"attention.self.value": 8, "v_proj": 8}
 def _made(name: str, lowering: str) -> tuple[nn.Module, nn.Module, Batch]:
     model, batch = build(name)
     model.eval()
+    density = 0.9 if lowering == NATIVE_DENSE else 0.5
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for full, module in model.named_modules():
             weight: Any = module._parameters.get("weight")
             if weight is None or weight.dim() != 2 or not any(c.isdigit() for c in full):
                 continue
-            weight *= torch.rand(weight.shape, generator=generator) < 0.5
+            weight *= torch.rand(weight.shape, generator=generator) < density
             if full.endswith("c_fc"):  # [in, out]
                 weight[:, :24] = 0
             if full.endswith(_PRODUCERS):
@@ -38,8 +44,22 @@ def _made(name: str, lowering: str) -> tuple[nn.Module, nn.Module, Batch]:
                     weight[:rows] = 0
             if full.endswith("c_attn"):
                 weight[:, 64:72] = 0
-    small = mvpfx.convert(model, example_inputs=batch, lowering=lowering)
-    return model, small, batch
+    if lowering == NATIVE_DENSE:
+        return model, native_dense(model, batch), batch
+    return model, mvpfx.convert(model, example_inputs=batch, lowering=lowering), batch
+
+
+def native_dense(model: nn.Module, batch: Any) -> nn.Module:
+    """What `convert` gives where native kernels are fastest for dense weights too."""
+
+    def last(_: Comparison, *versions: str) -> str:
+        return versions[-1]
+
+    with (
+        mock.patch.object(Comparison, "fastest", last),
+        mock.patch("mvpfx.conversion.EDGES", math.inf),
+    ):
+        return mvpfx.convert(model, example_inputs=batch)
 
 
 def citizen(name: str, lowering: str) -> tuple[nn.Module, nn.Module, Batch]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from mvpfx.kernels.chain import Chain
 from mvpfx.kernels.library import DTYPES, LIBRARY
 from mvpfx.kernels.step import Part, Place, Step
-from mvpfx.kernels.weight import Matrix
+from mvpfx.kernels.weight import HeldMatrix, Matrix
 
 OPERATOR = "mvpfx::tiled_linear"
 
@@ -67,18 +66,6 @@ def run(layer: Matrix, x: Tensor) -> Tensor:
     return chain(x, layer)[0]
 
 
-@dataclass(eq=False)
-class _Held:
-    """Tensors of a sparse layer, without the layer."""
-
-    crow_indices: Tensor
-    col_indices: Tensor
-    values: Tensor
-    bias: Tensor | None
-    in_features: int
-    out_features: int
-
-
 _known: dict[int, tuple[weakref.ref[Tensor], Chain]] = {}
 
 
@@ -88,7 +75,7 @@ def tiled_linear(
     """`x W^T + b` for `x` `[T, K]`; what is packed of a weight is kept as long as its values."""
     key = id(values)
     known, chain = _known.get(key, (None, None))
-    held = _Held(crow, col, values, bias, x.shape[1], rows)
+    held = HeldMatrix(crow, col, values, bias, x.shape[1], rows)
     if chain is None or known is None or known() is not values:
         chain = layer_chain(held)
         _known[key] = weakref.ref(values, lambda _: _known.pop(key, None)), chain

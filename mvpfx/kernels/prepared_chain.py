@@ -17,7 +17,7 @@ from torch import Tensor
 from mvpfx.kernels.library import DTYPES, LIBRARY, CSlice, CStep
 from mvpfx.kernels.step import Part, Step
 from mvpfx.kernels.tiles import TILE, Tiles, geometry_of, padded_tokens, workspace
-from mvpfx.kernels.weight import PackedWeight, Watch
+from mvpfx.kernels.weight import PackedWeight, Watch, values_of
 
 if TYPE_CHECKING:
     from mvpfx.kernels.chain import Chain
@@ -88,7 +88,7 @@ class PreparedChain:
             if step.kind == "enter":
                 found.add(arguments[step.sources[0]].dtype)
             elif step.kind == "multiply":
-                found |= {arguments[source].values.dtype for source in step.sources}
+                found |= {values_of(arguments[source]).dtype for source in step.sources}
         if found - set(DTYPES) or len(found) > 1:
             kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
             raise TypeError(

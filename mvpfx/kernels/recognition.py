@@ -16,7 +16,9 @@ from torch import Tensor, fx, nn
 from mvpfx.kernels.forms import find_features, find_part, form_change
 from mvpfx.kernels.idioms import PRODUCTS, SUMS, find_gate, find_rms_norm, find_rotation
 from mvpfx.kernels.library import DTYPES
+from mvpfx.kernels.weight import values_of
 from mvpfx.leaves import Leaf
+from mvpfx.native_linear import NativeLinear
 from mvpfx.nodes import name_of
 from mvpfx.storage import SparseLinear
 
@@ -154,8 +156,9 @@ def _module(node: fx.Node, module: Any) -> Found | None:
     x = _node(node, 0)
     if x is None or value_of(x) is None or len(node.args) != 1 or node.kwargs:
         return None
-    if isinstance(module, SparseLinear):
-        fits = module.output_layout == "tiled" and module.values.dtype is _dtype(x)
+    if isinstance(module, (SparseLinear, NativeLinear)):
+        native = isinstance(module, NativeLinear) or module.output_layout == "tiled"
+        fits = native and values_of(module).dtype is _dtype(x)
         sizes = {"rows": module.out_features, "columns": module.in_features}
         return Found("multiply", (x,), sizes) if fits and value_of(x).dim() > 1 else None
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:

@@ -1,9 +1,10 @@
-"""Sparse weights in the order in which native kernels read them."""
+"""Weights in the order in which native kernels read them."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from operator import is_
 from typing import Any, Protocol
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from mvpfx.kernels.library import LIBRARY
+from mvpfx.native_linear import NativeLinear
 
 
 class Matrix(Protocol):
-    """What a sparse layer holds: see `mvpfx.storage.SparseLinear`."""
+    """A sparse weight: see `mvpfx.storage.SparseLinear`."""
 
     in_features: int
     out_features: int
@@ -24,8 +26,20 @@ class Matrix(Protocol):
     bias: Any
 
 
+@dataclass(eq=False)
+class HeldMatrix:
+    """Tensors of a sparse weight, without a layer."""
+
+    crow_indices: Tensor
+    col_indices: Tensor
+    values: Tensor
+    bias: Tensor | None
+    in_features: int
+    out_features: int
+
+
 class PackedWeight:
-    """One weight, or several that read the same input, one below the other.
+    """The weight of one layer, or of several that read the same input, one below the other.
 
     Weights in bfloat16 are multiplied as such, with sums in float32, where the processor is faster
     at it; elsewhere as float32.
@@ -36,13 +50,14 @@ class PackedWeight:
         bias: `[rows]` float32, or None where no weight has one.
     """
 
-    def __init__(self, matrices: Sequence[Matrix]) -> None:
+    def __init__(self, layers: Sequence[Any]) -> None:
         found = LIBRARY
         assert found is not None, "whoever packs has looked for the library"
+        matrices = [_sparse(layer) for layer in layers]
         crow, col, values, block = joined(matrices)
         self.rows = sum(matrix.out_features for matrix in matrices)
         columns = matrices[0].in_features
-        halves = matrices[0].values.dtype is torch.bfloat16 and found.mvpfx_halves()
+        halves = values_of(layers[0]).dtype is torch.bfloat16 and found.mvpfx_halves()
         pointers = (crow.data_ptr(), col.data_ptr(), values.data_ptr())
         self.handle: int = found.mvpfx_pack(self.rows, columns, block, halves, *pointers)
         self.bias = _biases(matrices)
@@ -94,7 +109,7 @@ class Watch:
         self._sure = True
 
     def see(self, arguments: Sequence[Any], layers: Iterable[int], tensors: Iterable[int]) -> None:
-        """Watch the values and biases of sparse layers, and tensors, at these positions."""
+        """Watch the weights and biases of layers, and tensors, at these positions."""
         self._layers, self._tensors = list(layers), list(tensors)
         now = self._look(arguments)
         self._sure = not any(tensor is not None and tensor.is_inference() for tensor in now)
@@ -110,13 +125,28 @@ class Watch:
         return same and _states(now) == self._states
 
     def _look(self, arguments: Sequence[Any]) -> list[Tensor | None]:
-        held = [_tensors_of(arguments[i]) for i in self._layers]
-        found = [tensors["values"] for tensors in held]
-        return [*found, *[t["bias"] for t in held], *[arguments[i] for i in self._tensors]]
+        layers = [arguments[i] for i in self._layers]
+        biases = [_tensors_of(layer)["bias"] for layer in layers]
+        return [*map(values_of, layers), *biases, *[arguments[i] for i in self._tensors]]
 
 
 def _states(tensors: Iterable[Tensor | None]) -> list[tuple[int, int]]:
     return [(tensor._version, tensor.data_ptr()) for tensor in tensors if tensor is not None]
+
+
+def values_of(layer: Any) -> Any:
+    """The tensor that holds the values of a layer's weight: all of them, or the nonzeros."""
+    tensors = _tensors_of(layer)
+    return tensors["weight"] if isinstance(layer, NativeLinear) else tensors["values"]
+
+
+def _sparse(layer: Any) -> Matrix:
+    """The weight of a layer as a sparse one, in CSR where it is dense."""
+    if not isinstance(layer, NativeLinear):
+        return layer
+    stored: Any = layer.weight.detach().to_sparse_csr()
+    crow, col, values = stored.crow_indices(), stored.col_indices(), stored.values()
+    return HeldMatrix(crow, col, values, layer.bias, layer.in_features, layer.out_features)
 
 
 def _tensors_of(layer: Any) -> dict[str, Any]:
