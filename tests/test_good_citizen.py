@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mvpfx.facts import NATIVE_DENSE
 from mvpfx.hf import PruningTrainer
+from mvpfx.native_linear import NativeLinear
 from mvpfx.storage import SparseLinear
 from tests.citizens import MODELS, STORAGES, citizen, labels, shapes
 from tests.graphs import outputs
@@ -40,7 +42,9 @@ def test_the_citizens_are_small_and_sparse(name: str, lowering: str) -> None:
     assert (outputs(small, batch) - outputs(model, batch)).abs().max() <= 1e-5
     whole = sum(p.numel() for p in model.parameters())
     assert sum(p.numel() for p in small.parameters()) < 0.9 * whole
-    assert bool(sparse_layers(small)) == (lowering not in ("dense", NATIVE_DENSE) or name != "bert")
+    assert bool(sparse_layers(small)) == (lowering not in ("dense", NATIVE_DENSE))
+    native_dense = any(isinstance(module, NativeLinear) for module in small.modules())
+    assert native_dense == (lowering == NATIVE_DENSE)
 
 
 @models
