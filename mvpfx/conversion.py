@@ -127,8 +127,7 @@ def fuse(model: nn.Module) -> nn.Module:
     owners = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, NativeLinear)
-        or (isinstance(module, SparseLinear) and module.output_layout == "tiled")
+        if isinstance(module, (SparseLinear, NativeLinear)) and module.output_layout == "tiled"
     }
     if owners and LIBRARY is not None:
         inner = dict(region_modules(model, owners))
@@ -180,11 +179,12 @@ def _alternatives(chosen: Program, shrunk: Program) -> dict[str, tuple[Program, 
     timed = replace(shrunk, timings=chosen.timings)
     why = "alike for all sites, which is fastest end to end"
     found: dict[str, tuple[Program, list[Record]]] = {}
+    known = [chosen.storages]
     for storage, dense_too in choices:
         choose = ChooseStorage(storage, HOPELESS, dense_too, why)
         result = run((choose, PropagateLayout(), LowerMatmuls()), timed)
-        known = [program.storages for program in (chosen, *(other for other, _ in found.values()))]
         if result[0].storages not in known:
+            known.append(result[0].storages)
             found[f"all {storage}{', dense too' * dense_too}"] = result
     return found
 

@@ -13,6 +13,8 @@ class NativeLinear(nn.Linear):
     where something traces the model, it is an `nn.Linear`.
     """
 
+    output_layout = "tiled"  # as a sparse layer on native kernels has it
+
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None) -> NativeLinear:
         """Hold copies of `weight` `[N, K]` and `bias` `[N]`."""

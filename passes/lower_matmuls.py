@@ -60,12 +60,8 @@ def _sparse(weight: Tensor, bias: Tensor | None, storage: str, layout: str) -> S
 
 def _described(module: SparseLinear | NativeLinear) -> str:
     size = module.in_features * module.out_features
-    if isinstance(module, NativeLinear):
-        return f"{size} values, {module.storage_bytes} bytes, tiled output"
-    return (
-        f"{module.values.numel()} of {size} values, "
-        f"{module.storage_bytes} bytes, {module.output_layout} output"
-    )
+    kept = f"{module.values.numel()} of " if isinstance(module, SparseLinear) else ""
+    return f"{kept}{size} values, {module.storage_bytes} bytes, {module.output_layout} output"
 
 
 def _rewrite(layer: Layer) -> None:

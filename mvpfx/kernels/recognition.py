@@ -157,8 +157,7 @@ def _module(node: fx.Node, module: Any) -> Found | None:
     if x is None or value_of(x) is None or len(node.args) != 1 or node.kwargs:
         return None
     if isinstance(module, (SparseLinear, NativeLinear)):
-        native = isinstance(module, NativeLinear) or module.output_layout == "tiled"
-        fits = native and values_of(module).dtype is _dtype(x)
+        fits = module.output_layout == "tiled" and values_of(module).dtype is _dtype(x)
         sizes = {"rows": module.out_features, "columns": module.in_features}
         return Found("multiply", (x,), sizes) if fits and value_of(x).dim() > 1 else None
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
