@@ -41,11 +41,11 @@ def storage_bytes(
 
     Args:
         storage: dense, reduced or native_dense, which all keep every value, csr, bsr, or native,
-            which keeps what csr does.
+            which keeps what one of these two does.
         shape: of the weight as stored (after shrinking).
-        nonzero: stored values; for BSR the values of all stored blocks.
+        nonzero: stored values; of blocks, the values of all that are stored.
         itemsize: bytes a value.
-        block: BSR's block size.
+        block: the block size of bsr and native.
 
     Raises:
         ValueError: the storage is unknown.
@@ -55,9 +55,9 @@ def storage_bytes(
     """
     if storage in DENSE:
         return math.prod(shape) * itemsize
-    if storage in ("csr", "native"):
-        return nonzero * (itemsize + INDEX_BYTES) + (shape[0] + 1) * INDEX_BYTES
-    if storage == "bsr":
+    if storage == "csr":
+        block = 1
+    if storage in ("csr", "bsr", "native"):
         indices = nonzero // block**2 + shape[0] // block + 1
         return nonzero * itemsize + indices * INDEX_BYTES
     known = ", ".join((*DENSE, "csr", "bsr", "native"))
@@ -104,7 +104,7 @@ def measure_storages(
         weight: `[N, K]`; its strides are kept for the dense call.
         bias: `[N]` or None.
         tokens: rows of `x`.
-        blocks: storage -> block size (1 for csr and native).
+        blocks: storage -> block size (1 for csr; native computes alike in any).
         rounds: timed rounds.
 
     Returns:

@@ -1,8 +1,11 @@
-"""Tensors full of zeros in a file: the values that are not zero, and how far apart they are.
+"""Weights full of zeros in a file: the values that are not zero, and how far apart they are.
 
 A packed tensor is two, `NAME.packed` and `NAME.gaps`: the k-th value stands
 `gaps[0] + ... + gaps[k]` places after the place before the first. A gap is one byte; longer ones
 are bridged by stored zeros.
+
+The indices of a sparse matrix are gaps alone, from one stored value or block to the next, row by
+row. Here a byte of 255 stands for no value: the gap goes on in the byte that follows.
 """
 
 from __future__ import annotations
@@ -54,6 +57,46 @@ def unpack(values: Tensor, gaps: Tensor, shape: tuple[int, ...]) -> Tensor:
         raise ValueError(f"its gaps lead to place {int(places[-1])} of {len(flat)}, or stand still")
     flat[places] = values
     return flat.view(shape)
+
+
+def pack_indices(crow: Tensor, col: Tensor) -> tuple[Tensor, int] | None:
+    """Gaps uint8 `[n]` of a matrix in CSR or BSR, and the columns they are counted in.
+
+    None where the columns of a row are out of order, or where gaps take as many bytes as indices.
+    """
+    columns = int(col.max()) + 1 if len(col) else 1
+    rows = torch.arange(len(crow) - 1).repeat_interleave(crow.diff().long())
+    places = rows * columns + col
+    gaps = torch.diff(places, prepend=places.new_tensor([-1]))
+    if len(gaps) and int(gaps.min()) < 1:
+        return None
+    bridges = gaps.div(LONGEST, rounding_mode="floor")
+    count = len(gaps) + int(bridges.sum())
+    if count >= crow.nbytes + col.nbytes:
+        return None
+    steps = torch.full((count,), LONGEST, dtype=torch.uint8)
+    steps[torch.arange(len(gaps)) + bridges.cumsum(0)] = (gaps % LONGEST).to(torch.uint8)
+    return steps, columns
+
+
+def unpack_indices(steps: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """`crow_indices` `[rows + 1]` and `col_indices` that `pack_indices` took apart.
+
+    Raises:
+        ValueError: the gaps lead out of the matrix, or stand still.
+    """
+    if steps.dim() != 1 or steps.dtype != torch.uint8:
+        raise ValueError(f"its gaps are {steps.dtype} {list(steps.shape)}")
+    ends = steps != LONGEST
+    places = steps.to(torch.int64).cumsum(0)[ends] - 1
+    risen = torch.diff(places, prepend=places.new_tensor([-1])) > 0
+    if not bool(risen.all()) or (len(steps) and not bool(ends[-1])):
+        raise ValueError("its gaps stand still, or end on the way")
+    if len(places) and int(places[-1]) >= rows * columns:
+        raise ValueError(f"its gaps lead to place {int(places[-1])} of {rows} x {columns}")
+    counts = torch.bincount(places // columns, minlength=rows)
+    crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return crow.to(torch.int32), (places % columns).to(torch.int32)
 
 
 def shorten(values: Tensor, how: str) -> tuple[Tensor, float]:

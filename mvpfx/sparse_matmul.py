@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CPU_DTYPES = (torch.float32, torch.float64)
-"""What torch multiplies sparse on a CPU; other dtypes go by way of float32."""
+WIDE_DTYPES = (torch.float32, torch.float64)
+"""What torch multiplies in every storage and block size; others go by way of float32 on a CPU, and
+in blocks on any device."""
 TILE = 128
 """Tokens that are multiplied at once on a CPU, where there are more than twice as many."""
 OPERATOR = "mvpfx::sparse_linear"
@@ -33,7 +34,7 @@ def multiply(
     if x_t.shape[1] == 0 or values.numel() == 0:
         out = x_t.new_zeros(rows, x_t.shape[1])
         return out if bias is None else out + bias[:, None]
-    if x_t.is_cpu and dtype not in CPU_DTYPES:
+    if dtype not in WIDE_DTYPES and (x_t.is_cpu or values.dim() == 3):
         values, x_t = values.float(), x_t.float()
         bias = None if bias is None else bias.float()
     size = (rows, x_t.shape[0])

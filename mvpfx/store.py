@@ -18,7 +18,16 @@ from torch import Tensor, nn
 
 from mvpfx.blueprint import Blueprint, class_before, describe, fill, make_skeleton
 from mvpfx.manifest import digest_of, flush, measured, replacing
-from mvpfx.packing import VALUES, is_worth_it, lengthen, pack, shorten, unpack
+from mvpfx.packing import (
+    VALUES,
+    is_worth_it,
+    lengthen,
+    pack,
+    pack_indices,
+    shorten,
+    unpack,
+    unpack_indices,
+)
 from mvpfx.pipeline import Decision, Record
 from mvpfx.report import Report, Row
 from mvpfx.state import State, attach_state, find_state
@@ -27,7 +36,9 @@ from mvpfx.totals import Totals
 TENSORS = "model.safetensors"
 DESCRIPTION = "mvpfx_model.json"
 FORMAT = "mvpfx model"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+"""Versions that can be loaded; the first had the indices of sparse weights as they are."""
 ADVICE = "Save the model again with mvpfx.save."
 
 
@@ -59,11 +70,13 @@ def save(model: nn.Module, folder: str | Path, *, values: str = "exact") -> Path
         raise ValueError(f"values must be one of {', '.join(VALUES)}; found {values!r}.")
     blueprint, tensors = describe(model)
     stored, packed = _pack_all(tensors, values)
+    indices = _pack_indices(stored)
     body = {
         "format": FORMAT,
         "version": VERSION,
         "blueprint": asdict(blueprint),
         "packed": packed,
+        "indices": indices,
         "report": report_data(state.report),
     }
     folder = Path(folder)
@@ -84,6 +97,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         body = _read(folder)
         blueprint = Blueprint(**body["blueprint"])
         tensors = _unpack_all(_tensors(folder), body["packed"])
+        _unpack_indices(tensors, body.get("indices", {}))
         _check_tensors(blueprint, tensors)
         loaded = make_skeleton(blueprint) if model is None else model
         found = type(loaded).__name__
@@ -175,6 +189,27 @@ def _unpack_all(
     return tensors
 
 
+def _pack_indices(stored: dict[str, Tensor]) -> dict[str, dict[str, int]]:
+    """Put gaps where indices of sparse weights were; returns the size of each matrix, by layer."""
+    packed: dict[str, dict[str, int]] = {}
+    for name in [n for n in stored if n.endswith(".crow_indices")]:
+        layer = name.removesuffix(".crow_indices")
+        if (found := pack_indices(stored[name], stored[f"{layer}.col_indices"])) is not None:
+            packed[layer] = {"rows": len(stored.pop(name)) - 1, "columns": found[1]}
+            del stored[f"{layer}.col_indices"]
+            stored[f"{layer}.gaps"] = found[0]
+    return packed
+
+
+def _unpack_indices(tensors: dict[str, Tensor], packed: Mapping[str, Mapping[str, int]]) -> None:
+    for layer, size in packed.items():
+        try:
+            crow, col = unpack_indices(tensors.pop(f"{layer}.gaps"), size["rows"], size["columns"])
+        except ValueError as error:
+            raise ValueError(f"{layer}: {error}") from None
+        tensors[f"{layer}.crow_indices"], tensors[f"{layer}.col_indices"] = crow, col
+
+
 def _read(folder: Path) -> dict[str, Any]:
     """The description, once it and the files it lists are known to be whole."""
     path = folder / DESCRIPTION
@@ -189,7 +224,7 @@ def _read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{DESCRIPTION} is of {kind!r}, and {FORMAT!r} is needed")
     if found != digest_of(body):
         raise ValueError(f"{DESCRIPTION} does not match its own digest")
-    if version != VERSION:
+    if version not in READABLE:
         raise ValueError(f"it has version {version}, and this release of mvpfx reads {VERSION}")
     for name, listed in body["files"].items():
         if name != TENSORS or not (folder / name).is_file() or measured(folder / name) != listed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, cast
@@ -54,8 +55,17 @@ def _build(program: Program, layer: Layer, storage: str) -> SparseLinear | Nativ
 
 
 def _sparse(weight: Tensor, bias: Tensor | None, storage: str, layout: str) -> SparseLinear:
-    block = 1 if storage != "bsr" else find_block(weight) or find_block(weight, waste=float("inf"))
-    return SparseLinear.from_dense(weight, bias, block or 1, cast("Layout", layout))
+    return SparseLinear.from_dense(weight, bias, _block(weight, storage), cast("Layout", layout))
+
+
+def _block(weight: Tensor, storage: str) -> int:
+    """The block size that a weight is stored in.
+
+    Native kernels leave zeros out whatever the block; it saves indices where blocks are full.
+    """
+    if storage == "bsr":
+        return find_block(weight) or find_block(weight, waste=math.inf) or 1
+    return (find_block(weight, waste=1.0) or 1) if storage == "native" else 1
 
 
 def _described(module: SparseLinear | NativeLinear) -> str:

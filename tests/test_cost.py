@@ -12,6 +12,7 @@ def test_bytes_are_those_of_the_layer() -> None:
         ("csr", 1, "token_major"),
         ("bsr", 4, "token_major"),
         ("native", 1, "tiled"),
+        ("native", 4, "tiled"),
     )
     for storage, block, layout in cases:
         layer = SparseLinear.from_dense(weight, None, block, layout)

@@ -214,6 +214,23 @@ def test_blocks_and_column_blocks(block: tuple[int, int], density: float) -> Non
         assert largest(multiplied(stored, x), wanted) <= 1e-4
 
 
+@pytest.mark.parametrize("blocks", [(4, 4), (4, 1), (1, 8, 4)], ids=str)
+def test_weights_in_blocks_of_any_size_share_an_input(blocks: tuple[int, ...]) -> None:
+    """As query, key and value do: rows of several weights, one below the other."""
+    layers, wanted, x = list[SparseLinear](), list[Tensor](), torch.randn(2, 70, 96)
+    for size, block in enumerate(blocks, 1):
+        kept = torch.rand(size * 32 // block, 96 // block) < 0.2
+        mask = kept.repeat_interleave(block, 0).repeat_interleave(block, 1)
+        weight, bias = torch.randn(size * 32, 96) * mask, torch.randn(size * 32)
+        layers.append(SparseLinear.from_dense(weight, bias, block))
+        wanted.append(F.linear(x.double(), weight.double(), bias.double()))
+    width = sum(layer.out_features for layer in layers)
+    sources = tuple(range(1, 1 + len(layers)))
+    ARGUMENTS[:] = layers
+    found = through(x, Step("multiply", Part(0, 0, 96), Part(1, 0, width), sources), width=width)
+    assert largest(found, torch.cat(wanted, -1)) <= 1e-4
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 63, 64, 65, 127, 129, 1000, 2049])
 def test_any_number_of_tokens(tokens: int) -> None:
     weight = torch.randn(48, 40) * (torch.rand(48, 40) < 0.3)

@@ -1,7 +1,10 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from mvpfx.kernels.library import LIBRARY, MISSING
 from mvpfx.passes.choose_storage import ChooseStorage
 from mvpfx.passes.lower_matmuls import LowerMatmuls
 from mvpfx.passes.propagate_layout import PropagateLayout
@@ -52,6 +55,27 @@ def test_a_layer_called_twice_becomes_one_module() -> None:
     program, decisions = lowered(program_of(model, batch["x"]))
     assert len(decisions) == len(program.modules)
     assert_same(program, batch["x"])
+
+
+@pytest.mark.skipif(LIBRARY is None, reason=MISSING)
+def test_full_blocks_on_native_kernels_have_one_index_each() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3))), torch.rand(2, 64)
+    full, single, hole = (model.get_parameter(f"{n}.weight") for n in range(3))
+    kept = (torch.rand(16, 16) < 0.2).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    with torch.no_grad():
+        full *= kept
+        hole *= kept
+        hole[hole.nonzero()[0].unbind()] = 0
+        single *= torch.rand(64, 64) < 0.2
+    program, _ = lowered(program_of(model, x), "native")
+    layers: Any = assert_same(program, x)
+    assert [layer.block for layer in layers] == [4, 1, 1]  # a zero in a block would train
+    assert [layer.storage for layer in layers] == ["native"] * 3
+    count = int(kept.sum())
+    assert layers[0].storage_bytes == 4 * (count + count // 16 + 17)
+    layers(x).sum().backward()
+    assert layers[0].values.grad.shape == (count // 16, 4, 4)
 
 
 @pytest.mark.parametrize("lowering", ["csr", "bsr"])

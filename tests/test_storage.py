@@ -142,8 +142,13 @@ def test_export_with_a_free_batch() -> None:
     torch.export.save(exported, io.BytesIO())
 
 
-def test_on_every_device(device: str) -> None:
-    sparse, x = layer().to(device), torch.randn(2, 3, 8).to(device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block", [1, 4])
+def test_on_every_device(block: int, dtype: torch.dtype, device: str) -> None:
+    """Blocks too: a layer in blocks for native kernels may be moved to where there are none."""
+    weight, bias = sparse_weight(32, 16, block), torch.randn(32)
+    sparse = SparseLinear.from_dense(weight, bias, block, "tiled").to(device, dtype)
+    x = torch.randn(2, 3, 16).to(device, dtype)
     with torch.no_grad():
         torch.testing.assert_close(sparse(x), F.linear(x, sparse.dense(), sparse.bias))
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import nn
 
 import mvpfx
 from mvpfx.manifest import digest_of, measured
-from mvpfx.packing import pack, unpack
+from mvpfx.packing import unpack_indices
 from mvpfx.store import DESCRIPTION, TENSORS
 from tests.graphs import mlp, outputs, zero_
 from tests.models import build
@@ -39,7 +40,7 @@ def converted(name: str, lowering: str = "dense") -> tuple[nn.Module, Any]:
     return mvpfx.convert(model.eval(), example_inputs=batch, lowering=lowering), batch
 
 
-@pytest.mark.parametrize("lowering", ["dense", "csr", "bsr"])
+@pytest.mark.parametrize("lowering", ["dense", "csr", "bsr", "native"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_loaded_model_is_the_same_to_the_bit(name: str, lowering: str, tmp_path: Path) -> None:
     small, batch = converted(name, lowering)
@@ -117,12 +118,27 @@ def test_shorter_values_are_near(values: str, tolerance: float, tmp_path: Path) 
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-@pytest.mark.parametrize("density", [0.0, 0.001, 0.03, 0.5, 1.0])
-def test_packing_is_exact(density: float) -> None:
-    torch.manual_seed(0)
-    tensor = torch.randn(37, 211) * (torch.rand(37, 211) < density)
-    values, gaps = pack(tensor)
-    assert torch.equal(unpack(values, gaps, (37, 211)), tensor)
+def test_indices_out_of_order_are_stored_as_they_are(tmp_path: Path) -> None:
+    small, batch = converted("bert", "csr")
+    layer: Any = small.get_submodule(FFN)
+    with torch.no_grad():
+        layer.col_indices[:2] = layer.col_indices[:2].flip(0)
+        layer.values[:2] = layer.values[:2].flip(0)
+    mvpfx.save(small, tmp_path / "m")
+    assert f"{FFN}.col_indices" in load_file(tmp_path / "m" / TENSORS)
+    assert torch.equal(outputs(mvpfx.load(tmp_path / "m"), batch), outputs(small, batch))
+
+
+def test_a_folder_of_the_first_version(saved: Path, tmp_path: Path) -> None:
+    first = tmp_path / "m"
+    shutil.copytree(saved, first)
+    first_version(lambda _: None)(first)
+    tensors = load_file(first / TENSORS)
+    assert f"{FFN}.crow_indices" in tensors and f"{FFN}.gaps" not in tensors
+    body = json.loads((first / DESCRIPTION).read_text())
+    assert body["version"] == 1 and "indices" not in body
+    batch = build("bert")[1]
+    assert torch.equal(outputs(mvpfx.load(first), batch), outputs(mvpfx.load(saved), batch))
 
 
 def test_what_was_not_converted_is_an_error(tmp_path: Path) -> None:
@@ -161,6 +177,22 @@ def restored(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
     return damage
 
 
+def first_version(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+    """Store indices as they are, as the first version of the format did, and change the tensors."""
+
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / TENSORS)
+        body = json.loads((folder / DESCRIPTION).read_text())
+        for layer, size in body["indices"].items():
+            found = unpack_indices(tensors.pop(f"{layer}.gaps"), size["rows"], size["columns"])
+            tensors[f"{layer}.crow_indices"], tensors[f"{layer}.col_indices"] = found
+        save_file(tensors, folder / TENSORS)
+        rewritten(lambda b: (b.pop("indices"), b.update(version=1)))(folder)
+        restored(change)(folder)
+
+    return damage
+
+
 def plan(change: Callable[[dict[str, Any]], object]) -> Damage:
     return rewritten(lambda body: change(body["blueprint"]))
 
@@ -195,7 +227,7 @@ HOSTILE: dict[str, Damage] = {
     "no description": lambda folder: (folder / DESCRIPTION).unlink(),
     "a list": lambda folder: (folder / DESCRIPTION).write_text("[]"),
     "another format": rewritten(lambda b: b.update(format="other")),
-    "another version": rewritten(lambda b: b.update(version=2)),
+    "another version": rewritten(lambda b: b.update(version=3)),
     "another file": rewritten(lambda b: b["files"].update({"../x": {}})),
     "no file": rewritten(lambda b: b["files"].clear()),
     "no blueprint": rewritten(lambda b: b.pop("blueprint")),
@@ -221,12 +253,23 @@ HOSTILE: dict[str, Damage] = {
     "a shape of a packed tensor": rewritten(
         lambda b: next(iter(b["packed"].values())).update(shape=[1, 1])
     ),
-    "a column out of range": restored(lambda t: t[f"{FFN}.col_indices"].fill_(10**6)),
-    "a negative column": restored(lambda t: t[f"{FFN}.col_indices"].fill_(-1)),
-    "falling row pointers": restored(
+    "a column out of range": first_version(lambda t: t[f"{FFN}.col_indices"].fill_(10**6)),
+    "a negative column": first_version(lambda t: t[f"{FFN}.col_indices"].fill_(-1)),
+    "falling row pointers": first_version(
         lambda t: t[f"{FFN}.crow_indices"].copy_(t[f"{FFN}.crow_indices"].flip(0))
     ),
-    "row pointers too far": restored(lambda t: t[f"{FFN}.crow_indices"][-1:].fill_(10**6)),
+    "row pointers too far": first_version(lambda t: t[f"{FFN}.crow_indices"][-1:].fill_(10**6)),
+    "gaps of nothing": restored(lambda t: t[f"{FFN}.gaps"].zero_()),
+    "gaps that never end": restored(lambda t: t[f"{FFN}.gaps"].fill_(255)),
+    "gaps too far": restored(lambda t: t[f"{FFN}.gaps"].fill_(254)),
+    "gaps too few": restored(lambda t: t.update({f"{FFN}.gaps": t[f"{FFN}.gaps"][:-1].clone()})),
+    "gaps of another type": restored(lambda t: t.update({f"{FFN}.gaps": t[f"{FFN}.gaps"].int()})),
+    "other columns": rewritten(lambda b: b["indices"][FFN].update(columns=10**6)),
+    "no columns": rewritten(lambda b: b["indices"][FFN].update(columns=0)),
+    "other rows": rewritten(lambda b: b["indices"][FFN].update(rows=1)),
+    "negative rows": rewritten(lambda b: b["indices"][FFN].update(rows=-1)),
+    "columns less": rewritten(lambda b: b["indices"][FFN].pop("columns")),
+    "indices of no layer": rewritten(lambda b: b["indices"].update(x=b["indices"][FFN])),
     "a tensor lost": restored(lambda t: t.pop(f"{FFN}.bias")),
     "a tensor turned": restored(lambda t: t.update({f"{FFN}.bias": t[f"{FFN}.bias"][:-1].clone()})),
 }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mvpfx.kernels.library import LIBRARY
 from mvpfx.native_linear import NativeLinear
+from mvpfx.sparse_matmul import to_dense
 
 
 class Matrix(Protocol):
@@ -67,11 +68,12 @@ class PackedWeight:
 def joined(matrices: Sequence[Matrix]) -> tuple[Tensor, Tensor, Tensor, int]:
     """`crow_indices`, `col_indices`, `values` as float32, and the block size, one below the other.
 
-    Weights in blocks of different sizes are not joined.
+    Weights in blocks of different sizes are joined value by value.
     """
+    blocks = {_block(matrix) for matrix in matrices}
+    if len(blocks) > 1:
+        matrices, blocks = [_single(matrix) for matrix in matrices], {1}
     crows = [matrix.crow_indices.int() for matrix in matrices]
-    blocks = {matrix.values.shape[-1] if matrix.values.dim() == 3 else 1 for matrix in matrices}
-    assert len(blocks) == 1, "weights of one block size are joined"
     starts, held = [crows[0][:1]], 0
     for crow, matrix in zip(crows, matrices, strict=True):
         starts.append(crow[1:] + held)
@@ -142,11 +144,25 @@ def values_of(layer: Any) -> Any:
 
 def _sparse(layer: Any) -> Matrix:
     """The weight of a layer as a sparse one, in CSR where it is dense."""
-    if not isinstance(layer, NativeLinear):
-        return layer
-    stored: Any = layer.weight.detach().to_sparse_csr()
+    return _csr(layer.weight, layer) if isinstance(layer, NativeLinear) else layer
+
+
+def _single(matrix: Matrix) -> Matrix:
+    """The same weight in CSR."""
+    if _block(matrix) == 1:
+        return matrix
+    held = (matrix.crow_indices, matrix.col_indices, matrix.values)
+    return _csr(to_dense(*held, matrix.out_features, matrix.in_features), matrix)
+
+
+def _csr(weight: Tensor, layer: Any) -> Matrix:
+    stored: Any = weight.detach().to_sparse_csr()
     crow, col, values = stored.crow_indices(), stored.col_indices(), stored.values()
     return HeldMatrix(crow, col, values, layer.bias, layer.in_features, layer.out_features)
+
+
+def _block(matrix: Matrix) -> int:
+    return matrix.values.shape[-1] if matrix.values.dim() == 3 else 1
 
 
 def _tensors_of(layer: Any) -> dict[str, Any]:
