@@ -1,8 +1,7 @@
-"""What a storage costs: bytes and measured milliseconds."""
+"""What a storage costs: measured milliseconds."""
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -14,9 +13,6 @@ from torch import Tensor
 
 from mvpfx.storage import SparseLinear
 
-INDEX_BYTES = 4
-DENSE = ("dense", "reduced", "native_dense")
-"""The storages that keep every value."""
 COPIES_BYTES = 8 * 2**20
 """Bytes of copies of one weight that are gone through while timing it."""
 MOST_COPIES = 8
@@ -32,36 +28,6 @@ class Quartiles:
     median_ms: float
     low_ms: float
     high_ms: float
-
-
-def storage_bytes(
-    storage: str, shape: tuple[int, ...], nonzero: int, itemsize: int, block: int = 1
-) -> int:
-    """Bytes of a weight in a storage.
-
-    Args:
-        storage: dense, reduced or native_dense, which all keep every value, csr, bsr, or native,
-            which keeps what one of these two does.
-        shape: of the weight as stored (after shrinking).
-        nonzero: stored values; of blocks, the values of all that are stored.
-        itemsize: bytes a value.
-        block: the block size of bsr and native.
-
-    Raises:
-        ValueError: the storage is unknown.
-
-    >>> storage_bytes("dense", (384, 1536), 58982, 4), storage_bytes("csr", (384, 1536), 58982, 4)
-    (2359296, 473396)
-    """
-    if storage in DENSE:
-        return math.prod(shape) * itemsize
-    if storage == "csr":
-        block = 1
-    if storage in ("csr", "bsr", "native"):
-        indices = nonzero // block**2 + shape[0] // block + 1
-        return nonzero * itemsize + indices * INDEX_BYTES
-    known = ", ".join((*DENSE, "csr", "bsr", "native"))
-    raise ValueError(f"unknown storage {storage!r}; known: {known}")
 
 
 def compare(

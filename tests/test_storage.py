@@ -173,6 +173,23 @@ def test_bad_shapes() -> None:
         SparseLinear(2, 1, torch.zeros(2), torch.zeros(1), torch.zeros(2))
 
 
+@pytest.mark.parametrize(
+    ("block", "layout", "storage", "indices"),
+    [
+        (1, "token_major", "csr", 64 + 33),
+        (4, "token_major", "bsr", 4 + 9),
+        (1, "tiled", "native", 64 + 33),
+        (4, "tiled", "native", 4 + 9),
+    ],
+)
+def test_bytes(block: int, layout: Layout, storage: str, indices: int) -> None:
+    weight = torch.zeros(32, 16)
+    weight[:16, :4] = 1
+    sparse = SparseLinear.from_dense(weight, None, block, layout)
+    assert sparse.storage == storage
+    assert sparse.storage_bytes == 4 * (64 + indices)
+
+
 def test_find_block() -> None:
     blocky = sparse_weight(64, 32, 16)
     assert find_block(blocky) == 16
