@@ -156,10 +156,19 @@ def profile(density: float, batch: int, seconds: int, rounds: int) -> dict[str, 
 def rates(
     milliseconds: float, functions: Mapping[tuple[str, str], float], gflop: float, limit: float
 ) -> dict[str, Any]:
-    """What products reach of a limit, in GFLOP/s, and a call in which they reached all of it."""
+    """What products reach of a limit, in GFLOP/s, and a call in which they reached all of it.
+
+    Raises:
+        RuntimeError: no sample fell into a product: the library has no names of functions.
+    """
     shares: dict[str, float] = defaultdict(float)
     for (library, function), share in functions.items():
         shares[kind(library, function)] += share
+    if not shares["products"]:
+        raise RuntimeError(
+            f"none of {len(functions)} functions is a product of the native library. It was "
+            "stripped of its symbols: install mvpfx again from its sources, and do not strip it"
+        )
     reached = gflop / (1e-3 * milliseconds * shares["products"])
     listed = {f"{lib}: {name}": share for (lib, name), share in functions.items() if share > SHOWN}
     return {

@@ -57,6 +57,13 @@ def test_rates_follow_from_shares() -> None:
     assert sum(found["shares"].values()) == pytest.approx(1)
 
 
+def test_a_library_without_symbols_is_an_error() -> None:
+    stripped = {(NATIVE, "[.] 0x0000000000012345"): 0.9, ("libc.so.6", "[.] memcpy"): 0.1}
+    message = "^none of 2 functions is a product of the native library. It was stripped of its"
+    with pytest.raises(RuntimeError, match=message):
+        rates(100.0, stripped, gflop=6.0, limit=120.0)
+
+
 def _none(name: str) -> None:
     return None
 
