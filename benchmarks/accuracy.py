@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from torch import nn
 from torch.nn import functional
 
 import mvpfx
-from benchmarks import presets, results_file, training
+from benchmarks import presets, results_file, teachers, training
+from benchmarks.teachers import CrossFitting
 from benchmarks.training import Recipe, Teacher
 from benchmarks.workloads import Split, Workload, sentences
 from mvpfx import criteria
@@ -57,6 +59,19 @@ class Cell:
     task_weight: float = 0.5
     temperature: float = 2.0
     hidden_weight: float = 0.0
+    folds: int = 0  # of the teacher's cross-fitted answers; 0: the dense model of the same seed
+    splits: int = 1
+
+    def recipe(self) -> Recipe:
+        """How it is trained."""
+        return Recipe(
+            self.epochs,
+            self.batch_size,
+            self.lr,
+            self.score_lr,
+            self.seed,
+            precision=self.precision,
+        )
 
     def config(self, model: nn.Module) -> mvpfx.PruningConfig:
         """How the model is prepared."""
@@ -105,14 +120,7 @@ def study(task: str) -> Iterator[Cell]:
 def run(cell: Cell, workload: Workload, teacher: Teacher | None) -> tuple[nn.Module, Any]:
     """Train one cell. Returns the model, and what came out."""
     model = copy.deepcopy(workload.model)
-    recipe = Recipe(
-        cell.epochs,
-        cell.batch_size,
-        cell.lr,
-        cell.score_lr,
-        cell.seed,
-        precision=cell.precision,
-    )
+    recipe = cell.recipe()
     scheduler = None
     if cell.method != DENSE:
         mvpfx.prepare(model, cell.config(model))
@@ -173,16 +181,12 @@ def run_all(cells: list[Cell], options: argparse.Namespace) -> None:
         if key(cell) in done(options.output):
             continue
         data = next(folder for folder in options.data if folder.name == cell.task)
-        workload = sentences(
-            options.model, data, seed=cell.seed, max_tokens=64, limit=options.limit
-        )
+        workload = workload_of(data, options, cell.seed)
         if workload.dev is None:
             raise SystemExit(f"{data} has no dev.tsv, on which settings are chosen")
-        workload.model.to(options.device)
-        saved = options.teachers / f"{cell.task}-{cell.seed}.pt"
-        teacher = load_teacher(cell, workload, saved) if cell.teacher else None
-        model, result = run(cell, workload, teacher)
+        model, result = run(cell, workload, teacher_of(cell, workload, data, options))
         if cell.method == DENSE:
+            saved = options.teachers / f"{cell.task}-{cell.seed}.pt"
             saved.parent.mkdir(parents=True, exist_ok=True)
             torch.save(model.state_dict(), saved)
         environment = results_file.environment(next(model.parameters()).device)
@@ -193,18 +197,32 @@ def run_all(cells: list[Cell], options: argparse.Namespace) -> None:
         print(f"{cell}\n  dev {result['dev']:.4f}  test {result['test']:.4f}", flush=True)
 
 
-def load_teacher(cell: Cell, workload: Workload, saved: Path) -> Teacher:
-    """The dense model of the same task and seed, trained before."""
+def workload_of(data: Path, options: argparse.Namespace, seed: int) -> Workload:
+    """The task, with the model where it is trained."""
+    workload = sentences(options.model, data, seed=seed, max_tokens=64, limit=options.limit)
+    workload.model.to(options.device)
+    return workload
+
+
+def teacher_of(
+    cell: Cell, workload: Workload, data: Path, options: argparse.Namespace
+) -> Teacher | None:
+    """The dense model of the same task and seed, trained before; or cross-fitted answers."""
+    if not cell.teacher:
+        return None
+    weights = (cell.temperature, cell.task_weight, 1 - cell.task_weight, cell.hidden_weight)
+    distillation = mvpfx.Distillation(*weights)
+    if cell.folds:
+        fitting = CrossFitting(cell.folds, cell.splits, replace(cell.recipe(), seed=0))
+        again = partial(workload_of, data, options)
+        return Teacher(fitting.answers(again, options.teachers / cell.task), distillation)
+    saved = options.teachers / f"{cell.task}-{cell.seed}.pt"
     if not saved.is_file():
         raise SystemExit(
             f"{cell.task}: no teacher {saved}, dense model of seed {cell.seed}: train it with "
             f"--method {DENSE} --seed {cell.seed}, or name its folder with --teachers"
         )
-    model = copy.deepcopy(workload.model).eval()
-    device = next(model.parameters()).device
-    model.load_state_dict(torch.load(saved, map_location=device))
-    weights = (cell.temperature, cell.task_weight, 1 - cell.task_weight, cell.hidden_weight)
-    return Teacher(model, mvpfx.Distillation(*weights))
+    return Teacher(teachers.dense(workload, saved), distillation)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -253,6 +271,8 @@ def main(arguments: list[str] | None = None) -> None:
         given = {name: value for name, value in given.items() if value is not None}
         if "method" not in given:
             raise SystemExit("say which cell: --method and --density, or --all")
+        if given.get("folds") and not given["teacher"]:
+            raise SystemExit("--folds is about what a teacher answers: add --teacher")
         given.setdefault("density", 1.0)
         cells = [Cell(task, **given) for task in tasks]
     run_all(cells, options)

@@ -155,7 +155,8 @@ def _below(rows: list[list[Any]], *headers: str) -> str:
 def title(cell: Mapping[str, Any]) -> tuple[str, ...]:
     """Which figure of the tables a run belongs to."""
     unit = presets.WHAT[cell["granularity"]] if cell["method"] != accuracy.DENSE else "nothing"
-    taught = ", distilled" if cell["teacher"] else ""
+    fitted = " cross-fitted" if cell.get("folds") else ""
+    taught = f",{fitted} distilled" if cell["teacher"] else ""
     return cell["task"], cell["method"], f"{cell['density']:.0%}", unit + taught
 
 

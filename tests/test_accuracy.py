@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import accuracy, accuracy_table
+from benchmarks import accuracy, accuracy_table, training
+from benchmarks.teachers import Answers
 from tests.test_benchmarks import tiny_encoder
 
 
@@ -73,9 +75,53 @@ def test_a_teacher_has_to_be_there(folders: dict[str, Path]) -> None:
     assert not (folders["--model"].parent / "accuracy.jsonl").exists()
 
 
+def test_cross_fitted_answers_are_of_models_that_had_not_seen_the_sentence(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"{word}{' film' * count}" for word in ("bad", "good") for count in range(12)]
+    lines = [f"{text}\t{int('good' in text)}" for text in (*texts, *texts[:5])]
+    (folders["--data"] / "train.tsv").write_text("\n".join(lines) + "\n")
+    seen: list[set[tuple[int, ...]]] = []
+    whole = training.fine_tune
+
+    def fine_tune(model: Any, split: Any, *rest: Any) -> None:
+        seen.append({tuple(tokens) for tokens in split.tokens})
+        whole(model, split, *rest)
+
+    monkeypatch.setattr(training, "fine_tune", fine_tune)
+    cell = ("--method", "movement", "--density", "0.5", "--epochs", "1", "--batch-size", "4")
+    fitted = (*cell, "--teacher", "--folds", "3", "--splits", "2")
+    (line,) = run(folders, *fitted)
+    assert (line["cell"]["folds"], line["cell"]["splits"]) == (3, 2)
+    *models, student = seen
+    assert len(models) == 6 and len(student) == len(set(texts))
+    for split in (models[:3], models[3:]):
+        left = [student - part for part in split]
+        assert all(left) and set.union(*left) == student  # each sentence in one fold
+        assert sum(map(len, left)) == len(student)
+    assert len(run(folders, *fitted, "--seed", "1")) == 2
+    assert len(seen) == 8  # answers are kept
+
+
+def test_folds_that_hold_nothing_are_an_error(folders: dict[str, Path]) -> None:
+    cell = ("--method", "movement", "--density", "0.5", "--epochs", "1", "--teacher")
+    message = r"fold \d of split 0 holds none of 2 sentences: take fewer than 9 folds"
+    with pytest.raises(ValueError, match=message):
+        run(folders, *cell, "--folds", "9")
+
+
+def test_known_answers_are_found_whatever_the_padding() -> None:
+    known = {(5, 6): torch.tensor([1.0, 0.0]), (7,): torch.tensor([0.0, 2.0])}
+    ids, attention = torch.tensor([[7, 0], [5, 6]]), torch.tensor([[1, 0], [1, 1]])
+    found: Any = Answers(known)(input_ids=ids, attention_mask=attention, labels=torch.zeros(2))
+    assert found.logits.tolist() == [[0.0, 2.0], [1.0, 0.0]]
+
+
 def test_what_to_run_has_to_be_said(folders: dict[str, Path]) -> None:
     with pytest.raises(SystemExit, match="say which cell"):
         run(folders)
+    with pytest.raises(SystemExit, match="--folds is about what a teacher answers: add --teacher"):
+        run(folders, "--method", "movement", "--density", "0.5", "--folds", "3")
     (folders["--data"] / "dev.tsv").unlink()
     with pytest.raises(SystemExit, match=r"has no dev\.tsv"):
         run(folders, "--method", "dense")
