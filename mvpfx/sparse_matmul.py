@@ -17,6 +17,8 @@ from torch import Tensor
 WIDE_DTYPES = (torch.float32, torch.float64)
 """What torch multiplies in every storage and block size; others go by way of float32 on a CPU, and
 in blocks on any device."""
+BLOCKS_SERVE = torch.backends.mkl.is_available()
+"""Whether torch multiplies BSR on a CPU; without MKL it does so only with CSR."""
 TILE = 128
 """Tokens that are multiplied at once on a CPU, where there are more than twice as many."""
 OPERATOR = "mvpfx::sparse_linear"
@@ -38,8 +40,11 @@ def multiply(
         values, x_t = values.float(), x_t.float()
         bias = None if bias is None else bias.float()
     size = (rows, x_t.shape[0])
-    make = torch.sparse_csr_tensor if values.dim() == 1 else torch.sparse_bsr_tensor
-    matrix = make(crow, col, values, size, check_invariants=False)
+    if values.dim() == 3 and x_t.is_cpu and not BLOCKS_SERVE:
+        matrix = to_dense(crow, col, values, *size)
+    else:
+        make = torch.sparse_csr_tensor if values.dim() == 1 else torch.sparse_bsr_tensor
+        matrix = make(crow, col, values, size, check_invariants=False)
     out = matrix @ x_t if bias is None else torch.addmm(bias[:, None], matrix, x_t)
     return out.to(dtype)
 

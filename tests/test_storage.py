@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvpfx import sparse_matmul
 from mvpfx.sparse_matmul import TILE
 from mvpfx.storage import Layout, SparseLinear, find_block, stored_fraction
 
@@ -123,6 +124,13 @@ def test_autocast_gives_its_dtype() -> None:
         expected = F.linear(x, layer().dense(), layer().bias)
     assert ours.dtype is expected.dtype is torch.bfloat16
     torch.testing.assert_close(ours, expected, rtol=0.05, atol=0.05)
+
+
+def test_blocks_without_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse_matmul, "BLOCKS_SERVE", False)
+    monkeypatch.setattr(torch, "sparse_bsr_tensor", None)  # which nothing could multiply
+    sparse, x = layer(block=4), torch.randn(3, 8)
+    torch.testing.assert_close(sparse(x), F.linear(x, sparse_weight(), sparse.bias))
 
 
 def test_operator_passes_torchs_own_check() -> None:
