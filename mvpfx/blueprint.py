@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mvpfx.native_linear import NativeLinear
 from mvpfx.recurrent import refresh_flat_weights
 from mvpfx.reduced_attention import ReducedAttention
+from mvpfx.sparse_matmul import block_of
 from mvpfx.storage import INDEX_DTYPE, Layout, SparseLinear
 from mvpfx.swap import original_class
 from mvpfx.transformers_types import is_conv1d, is_pretrained
@@ -236,8 +237,7 @@ def _put_sparse(
         raise ValueError(f"the sparse layer {name} lacks {error}") from None
     if layout not in Layout.__args__ or set(tensors) - {"bias"}:
         raise ValueError(f"the sparse layer {name} has layout {layout!r} and also {list(tensors)}")
-    block = values.shape[-1] if values.dim() == 3 else 1
-    check_indices(name, crow, col, rows, columns // block)
+    check_indices(name, crow, col, rows, columns // block_of(values))
     layer = SparseLinear(columns, rows, crow, col, values, tensors.get("bias"), layout)
     _replace(model, name, layer)
 

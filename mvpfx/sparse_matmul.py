@@ -24,6 +24,11 @@ TILE = 128
 OPERATOR = "mvpfx::sparse_linear"
 
 
+def block_of(values: Tensor) -> int:
+    """The block size of a matrix with these values; 1 for CSR."""
+    return values.shape[-1] if values.dim() == 3 else 1
+
+
 def multiply(
     crow: Tensor, col: Tensor, values: Tensor, bias: Tensor | None, x_t: Tensor, rows: int
 ) -> Tensor:
@@ -65,7 +70,7 @@ def to_dense(crow: Tensor, col: Tensor, values: Tensor, rows: int, columns: int)
 
     In operations that ONNX has, with sizes that do not depend on data.
     """
-    count, block = col.numel(), values.shape[-1] if values.dim() == 3 else 1
+    count, block = col.numel(), block_of(values)
     row = _row_indices(crow, count)
     place = (row * (columns // block) + col.long()).unsqueeze(1).expand(-1, block**2)
     grid = values.new_zeros(rows * columns // block**2, block**2)
@@ -128,7 +133,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows, columns = grad.shape[0], x_t.shape[0]
     grad_values = grad_x = grad_bias = None
     if ctx.needs_input_grad[2]:
-        block = values.shape[-1] if values.dim() == 3 else 1
+        block = block_of(values)
         grid = (grad @ x_t.t()).reshape(rows // block, block, columns // block, block)
         picked = grid.transpose(1, 2)[_row_indices(crow, col.numel()), col.long()]
         grad_values = picked.reshape(values.shape)

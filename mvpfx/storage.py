@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvpfx.kernels import operators
-from mvpfx.sparse_matmul import TILE, multiply, multiply_tiled, to_dense, transposes
+from mvpfx.sparse_matmul import TILE, block_of, multiply, multiply_tiled, to_dense, transposes
 
 Layout = Literal["feature_major", "token_major", "tiled"]
 INDEX_DTYPE = torch.int32
@@ -63,7 +63,7 @@ class SparseLinear(nn.Module):
         output_layout: Layout = "token_major",
     ) -> None:
         super().__init__()
-        block = values.shape[-1] if values.dim() == 3 else 1
+        block = block_of(values)
         if crow_indices.numel() * block != out_features + block:
             raise ValueError(
                 f"crow_indices has {crow_indices.numel()} entries, and {out_features} output "
@@ -126,7 +126,7 @@ class SparseLinear(nn.Module):
     @property
     def block(self) -> int:
         """The block size of BSR; 1 for CSR."""
-        return self.values.shape[-1] if self.values.dim() == 3 else 1
+        return block_of(self.values)
 
     @property
     def storage_bytes(self) -> int:
@@ -211,11 +211,17 @@ def find_block(weight: Tensor, waste: float = 1.25) -> int | None:
     With `waste` infinite: the one that stores fewest bytes. None where no size fits.
     """
     rows, columns = weight.shape
-    nonzero = stored_fraction(weight, 1)
-    sizes = [b for b in BLOCKS if rows % b == 0 and columns % b == 0]
-    stored = {b: stored_fraction(weight, b) for b in sizes}
-    fitting = [b for b in sizes if stored[b] <= waste * nonzero]
-    if waste == math.inf and fitting:
+    limit = waste * (int(torch.count_nonzero(weight)) / max(1, weight.numel()))
+    stored: dict[int, float] = {}
+    # Each block lies in one of the next larger size, which so stores no less, and divides no more.
+    for block in reversed(BLOCKS):
+        if rows % block or columns % block:
+            break
+        fraction = stored_fraction(weight, block)
+        if not fraction <= limit:  # infinite waste of nothing is no number
+            break
+        stored[block] = fraction
+    if waste == math.inf and stored:
         item = weight.element_size()
-        return min(fitting, key=lambda b: stored[b] * (item + 4 / b**2))
-    return fitting[0] if fitting else None
+        return min(stored, key=lambda b: stored[b] * (item + 4 / b**2))
+    return max(stored, default=None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mvpfx.kernels.library import LIBRARY
 from mvpfx.native_linear import NativeLinear
-from mvpfx.sparse_matmul import to_dense
+from mvpfx.sparse_matmul import block_of, to_dense
 
 
 class Matrix(Protocol):
@@ -70,7 +70,7 @@ def joined(matrices: Sequence[Matrix]) -> tuple[Tensor, Tensor, Tensor, int]:
 
     Weights in blocks of different sizes are joined value by value.
     """
-    blocks = {_block(matrix) for matrix in matrices}
+    blocks = {block_of(matrix.values) for matrix in matrices}
     if len(blocks) > 1:
         matrices, blocks = [_single(matrix) for matrix in matrices], {1}
     crows = [matrix.crow_indices.int() for matrix in matrices]
@@ -149,7 +149,7 @@ def _sparse(layer: Any) -> Matrix:
 
 def _single(matrix: Matrix) -> Matrix:
     """The same weight in CSR."""
-    if _block(matrix) == 1:
+    if block_of(matrix.values) == 1:
         return matrix
     held = (matrix.crow_indices, matrix.col_indices, matrix.values)
     return _csr(to_dense(*held, matrix.out_features, matrix.in_features), matrix)
@@ -159,10 +159,6 @@ def _csr(weight: Tensor, layer: Any) -> Matrix:
     stored: Any = weight.detach().to_sparse_csr()
     crow, col, values = stored.crow_indices(), stored.col_indices(), stored.values()
     return HeldMatrix(crow, col, values, layer.bias, layer.in_features, layer.out_features)
-
-
-def _block(matrix: Matrix) -> int:
-    return matrix.values.shape[-1] if matrix.values.dim() == 3 else 1
 
 
 def _tensors_of(layer: Any) -> dict[str, Any]:
