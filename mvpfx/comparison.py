@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,8 @@ from mvpfx.torch_private import pytree
 
 TOLERANCE = 1e-4
 """Largest difference of outputs in float32, absolute up to outputs of 1 and relative above."""
+ROUNDS = 15
+"""Timed calls of each version, where they fit into the budget."""
 BUDGET_SECONDS = 4.0
 """How long all timed calls of one comparison may take together, about."""
 
@@ -53,13 +54,11 @@ def compare_models(
     """
     with inference(masked):
         wanted = run_example(masked, example_inputs)
-    largest_difference, seconds = 0.0, 0.0
+    largest_difference = 0.0
     calls: dict[str, Callable[[], object]] = {}
     for name, model in versions.items():
         with inference(model):
-            start = time.perf_counter()
             found = run_example(model, example_inputs)
-            seconds += time.perf_counter() - start
         difference, scale = output_difference(wanted, found)
         allowed = tolerance(masked) * max(1.0, scale)
         if not difference <= allowed:
@@ -70,10 +69,9 @@ def compare_models(
             )
         largest_difference = max(largest_difference, difference)
         calls[name] = _call(model, example_inputs)
-    rounds = int(BUDGET_SECONDS / max(seconds, 1e-4))
     device = next((p.device for p in masked.parameters()), torch.device("cpu"))
     with torch.no_grad():
-        latency = compare(calls, device, rounds=min(max(rounds, 3), 15), warmup=1)
+        latency = compare(calls, device, ROUNDS, warmup=1, budget_seconds=BUDGET_SECONDS)
     return Comparison(largest_difference, latency)
 
 

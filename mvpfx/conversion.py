@@ -37,6 +37,9 @@ from mvpfx.storage import SparseLinear
 from mvpfx.swap import drop_runtimes, restore
 from mvpfx.totals import measure_totals
 
+CSR_PAYS = 1.25
+"""How many times as long as the native kernel csr may take at a site, and still be worth a try for
+the whole model; natively, neighbours save what getting into tiles costs a site by itself."""
 EDGES = 3.0
 """How many times as long as the dense matmul a native one may take by itself, into tiles and out of
 them, and still pay in a chain that has few such edges."""
@@ -88,7 +91,8 @@ def convert(
     small, comparison, name = _plain(chosen), None, "converted"
     if example_inputs is not None:
         versions = {"dense": _plain(folded), name: small}
-        others = _alternatives(chosen, shrunk) if lowering == "auto" else {}
+        smaller = any(decision.applied for record in shrinking for decision in record.decisions)
+        others = _alternatives(chosen, shrunk, smaller) if lowering == "auto" else {}
         versions |= {other: _plain(result) for other, (result, _) in others.items()}
         comparison = compare_models(source, versions, example_inputs)
         name = comparison.fastest(name, *others)
@@ -169,10 +173,19 @@ def _check_folded(program: Program) -> None:
         )
 
 
-def _alternatives(chosen: Program, shrunk: Program) -> dict[str, tuple[Program, list[Record]]]:
-    """Other choices of storage worth a comparison end to end."""
+def _alternatives(
+    chosen: Program, shrunk: Program, smaller: bool
+) -> dict[str, tuple[Program, list[Record]]]:
+    """Other choices of storage worth a comparison end to end, by the name of the version.
+
+    All dense is the version "dense", where nothing was made `smaller`.
+    """
     storages, timings = set(chosen.storages.values()), chosen.timings.values()
-    choices = [("dense", False), ("csr", False)] if storages & {*SPARSE} else []
+    choices: list[tuple[str, bool]] = []
+    if storages & {*SPARSE}:
+        choices += [("dense", False)]
+        if any(t.ms["csr"] < CSR_PAYS * t.ms.get("native", math.inf) for t in timings):
+            choices += [("csr", False)]
     unknown = not timings and REDUCED in storages
     if unknown or any(t.ms.get("native", math.inf) < EDGES * t.ms["dense"] for t in timings):
         choices += [("native", False), ("native", True)]
@@ -185,7 +198,8 @@ def _alternatives(chosen: Program, shrunk: Program) -> dict[str, tuple[Program, 
         result = run((choose, PropagateLayout(), LowerMatmuls()), timed)
         if result[0].storages not in known:
             known.append(result[0].storages)
-            found[f"all {storage}{', dense too' * dense_too}"] = result
+            name = f"all {storage}{', dense too' * dense_too}"
+            found[name if smaller else name.replace("all dense", "dense")] = result
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,8 @@ COPIES_BYTES = 8 * 2**20
 """Bytes of copies of one weight that are gone through while timing it."""
 MOST_COPIES = 8
 
+LEAST_ROUNDS = 3
+"""Timed calls of each function, however long one takes."""
 MARGIN = 0.95
 """A storage is clearly faster where it takes less than this fraction of the dense time."""
 
@@ -35,6 +38,7 @@ def compare(
     device: torch.device | str = "cpu",
     rounds: int = 11,
     warmup: int = 2,
+    budget_seconds: float = math.inf,
 ) -> dict[str, Quartiles]:
     """Time functions in turn, round by round, so that a busy machine slows all of them alike.
 
@@ -43,14 +47,18 @@ def compare(
         device: where they run; on CUDA each call is timed with events.
         rounds: timed calls of each.
         warmup: calls of each before.
+        budget_seconds: what all timed calls may take together, about: where `rounds` would take
+            longer there are fewer, but no less than `LEAST_ROUNDS`.
 
     Returns:
         Median and quartiles by name. Compare their ratios, not the times.
     """
     clock = _cuda_ms if torch.device(device).type == "cuda" else _cpu_ms
+    seconds = 0.0
     for _ in range(warmup):
-        for function in functions.values():
-            clock(function)
+        seconds = sum(clock(function) for function in functions.values()) / 1e3
+    if seconds * rounds > budget_seconds:
+        rounds = min(rounds, max(LEAST_ROUNDS, int(budget_seconds / seconds)))
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
@@ -59,7 +67,12 @@ def compare(
 
 
 def measure_storages(
-    weight: Tensor, bias: Tensor | None, tokens: int, blocks: Mapping[str, int], rounds: int = 11
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: int,
+    blocks: Mapping[str, int],
+    rounds: int = 11,
+    budget_seconds: float = math.inf,
 ) -> dict[str, Quartiles]:
     """Time `x W^T + b` with `W` `[N, K]` dense and in sparse storages, token-major in and out.
 
@@ -72,6 +85,7 @@ def measure_storages(
         tokens: rows of `x`.
         blocks: storage -> block size (1 for csr; native computes alike in any).
         rounds: timed rounds.
+        budget_seconds: what they may take together, as in `compare`.
 
     Returns:
         "dense" and each storage -> quartiles of the milliseconds of one call.
@@ -90,7 +104,7 @@ def measure_storages(
         # A new view each time: a layer would know the same tensor again.
         calls[name] = lambda layers=layers: [layer(x.view_as(x)) for layer in layers]
     with torch.no_grad():
-        times = compare(calls, weight.device, rounds)
+        times = compare(calls, weight.device, rounds, budget_seconds=budget_seconds)
     return {
         name: Quartiles(t.median_ms / copies, t.low_ms / copies, t.high_ms / copies)
         for name, t in times.items()

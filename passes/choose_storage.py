@@ -28,6 +28,8 @@ from mvpfx.transformers_types import is_conv1d
 LOWERINGS = ("auto", "dense", *SPARSE)
 HOPELESS = 0.6
 """Density above which no sparse storage is worth measuring."""
+BUDGET_SECONDS = 0.5
+"""How long the timed calls of one weight may take together, about."""
 DEFAULT_TOKENS = 128
 """Token count that the break-even table is asked for where none is known."""
 
@@ -43,7 +45,7 @@ class ChooseStorage(Pass):
         dense_too: whether those that stay dense, where "native" is named, are computed by native
             kernels all the same.
         why: the reason that is recorded where a storage is named.
-        rounds: timed rounds of each measurement.
+        rounds: timed rounds of each measurement, where they fit into `BUDGET_SECONDS`.
 
     Raises:
         ValueError: the lowering is unknown.
@@ -163,7 +165,7 @@ class _Stopwatch:
         key = (*key, nonzero, *candidates.items())
         if key not in self._known:
             strided = weight.contiguous() if out_dim == 0 else weight.t().contiguous().t()
-            times = measure_storages(strided, bias, tokens, candidates, self.rounds)
+            times = measure_storages(strided, bias, tokens, candidates, self.rounds, BUDGET_SECONDS)
             # The lower quartile: what a busy machine adds is not the storage's cost.
             self._known[key] = {name: t.low_ms for name, t in times.items()}
         return self._known[key]

@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mvpfx import convert
+from mvpfx.comparison import Comparison, compare_models
+from mvpfx.cost import Quartiles
 from mvpfx.kernels.library import LIBRARY
 from mvpfx.passes.choose_storage import ChooseStorage
 from mvpfx.passes.shrink_dims import ShrinkDims
@@ -126,3 +129,24 @@ def test_a_named_storage_leaves_dense_sites_alone_where_told_to() -> None:
     reason = "0.weight: density 1.00 is too high for sparse storage; stays dense"
     assert declined(decisions) == [reason]
     assert applied(decisions) == ["2.weight: a test says so"]
+
+
+@pytest.mark.skipif(LIBRARY is None, reason="without native kernels csr is what there is")
+@pytest.mark.parametrize(("csr_ms", "tried"), [(1.1, True), (2.0, False)])
+def test_csr_is_tried_for_a_whole_model_where_it_comes_near(
+    csr_ms: float, tried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[str] = []
+
+    def measure(*_: object) -> dict[str, Quartiles]:
+        times = {"dense": 3.0, "csr": csr_ms, "native": 1.0}
+        return {name: Quartiles(ms, ms, ms) for name, ms in times.items()}
+
+    def compare(source: nn.Module, versions: dict[str, nn.Module], batch: Tensor) -> Comparison:
+        compared.extend(versions)
+        return compare_models(source, versions, batch)
+
+    monkeypatch.setattr("mvpfx.passes.choose_storage.measure_storages", measure)
+    monkeypatch.setattr("mvpfx.conversion.compare_models", compare)
+    convert(sparse_model(0.1, 128), example_inputs=X)
+    assert ("all csr" in compared) == tried and compared.count("dense") == 1

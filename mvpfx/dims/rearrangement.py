@@ -26,6 +26,8 @@ CHOOSING = frozenset((
     "__getitem__", "getitem", "index_select", "narrow", "select", "split", "split_with_sizes",
 ))  # fmt: skip
 """Those that may leave elements out."""
+SKIPPING = CHOOSING | {"expand_as", "repeat_interleave"}
+"""Those that may, and those that read of an input its sizes or no elements at all."""
 
 
 class Rearrangement:
@@ -45,6 +47,10 @@ class Rearrangement:
 
     def backward(self, step: Step) -> None:
         """An element is needed where one of its copies is."""
+        if step.name not in SKIPPING and all(bool(v.needed.all()) for v in step.outputs):
+            for value in step.inputs:  # each has a copy
+                value.need(torch.ones((1,) * len(value.shape), dtype=torch.bool))
+            return
         whole = sum(torch.Size(value.shape).numel() for value in step.inputs)
         needed = torch.zeros(whole, dtype=torch.bool)
         for output, places in zip(step.outputs, sources(step), strict=True):
