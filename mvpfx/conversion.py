@@ -199,7 +199,7 @@ def _alternatives(
         if result[0].storages not in known:
             known.append(result[0].storages)
             name = f"all {storage}{', dense too' * dense_too}"
-            found[name if smaller else name.replace("all dense", "dense")] = result
+            found["dense" if name == "all dense" and not smaller else name] = result
     return found
 
 
