@@ -6,7 +6,6 @@
 #endif
 #define KERNEL_AVX512_BF16
 #define KERNEL_AMX
-#define KERNEL_SPREADS_FOURS
 #define KERNEL_ISA amx
 #define KERNEL_TABLE kAmx
 #include "avx512.h"

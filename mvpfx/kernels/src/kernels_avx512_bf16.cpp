@@ -5,8 +5,6 @@
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,fma,avx2,prefer-vector-width=512")
 #endif
 #define KERNEL_AVX512_BF16
-// Measured on AMD's, and on Intel's with a matrix unit.
-#define KERNEL_SPREADS_FOURS
 #define KERNEL_ISA avx512_bf16
 #define KERNEL_TABLE kAvx512Bf16
 #include "avx512.h"
