@@ -15,8 +15,9 @@ constexpr bool kNarrow = kStrip < kTile;
 
 // Some tokens of one tile, and what a block of weights reads and writes of them.
 struct Strip {
-  const float* input;  // first column of the block; of full tiles its copy, where kNarrow
-  float* output;       // first row of all
+  const float* input;   // first column of the block; of full tiles its copy, where kNarrow
+  const float* source;  // first column of the block in the tile
+  float* output;        // first row of all
   int64_t tile;
   int width, lane;
 };
@@ -64,7 +65,7 @@ inline void expect(const int32_t* unit, const Strip& strip, int width) {
 // near when their turn comes.
 inline void approach(const Strip& strip, int64_t depth, int64_t unit) {
   constexpr int64_t kLine = 64 / sizeof(float);
-  const float* next = strip.input + depth * kTile + 2 * unit * kLine;
+  const float* next = (kNarrow ? strip.source : strip.input) + depth * kTile + 2 * unit * kLine;
   if (2 * unit * kLine >= depth * kTile) return;
   __builtin_prefetch(next, 0, 2);
   __builtin_prefetch(next + kLine, 0, 2);
@@ -150,7 +151,7 @@ void multiply_strip(const Packed& packed, const Block& block, const Epilogue& ep
   const float* values = packed.values.data() + block.value;
   const uint16_t* offsets = packed.offsets.data() + block.offset;
   for (int64_t u = 0; u < block.units; ++u, unit += kGroup + 2) {
-    if (kFull && !kNarrow) approach(strip, packed.depth, u);
+    if (kFull) approach(strip, packed.depth, u);
     if (u + 1 < block.units) expect<kGroup, kVectors>(unit + kGroup + 2, strip, width);
     Vector sums[kGroup][kVectors];
     float* to[kGroup];
@@ -246,7 +247,8 @@ void multiply_panel(const Packed& packed, int64_t panel, int64_t tile, int width
     const Block& block = packed.blocks[panel * depths + q];
     int stage = (q == 0 ? kFirst : 0) | (q == depths - 1 ? kLast : 0);
     int64_t first = q * packed.depth, columns = std::min(packed.depth, packed.columns - first);
-    Strip strip{input + first * width, output, tile, width, 0};
+    const float* from = input + first * width;
+    Strip strip{from, from, output, tile, width, 0};
     multiply_tile<kGroup, kHalves>(packed, block, columns, epilogue, strip, stage);
   }
 }

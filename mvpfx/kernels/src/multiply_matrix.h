@@ -99,7 +99,7 @@ void multiply_matrix(const Packed& packed, int64_t first, int64_t last, const Ge
       int width = geometry.width(tile);
       const int64_t* groups = packed.starts.data() + row / together;
       kSum[width / kChunk - 1](packed, groups[0], groups[1], input.at(tile, 0, width), width, sums);
-      Strip strip{nullptr, output.at(tile, 0, width), tile, width, 0};
+      Strip strip{nullptr, nullptr, output.at(tile, 0, width), tile, width, 0};
       int64_t end = std::min(row + together, last);
       if (width % kStrip == 0) finish_rows<kWide>(sums, row, end, epilogue, strip);
       else finish_rows<1>(sums, row, end, epilogue, strip);
