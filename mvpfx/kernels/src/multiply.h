@@ -146,13 +146,16 @@ __attribute__((always_inline)) inline void add_own(
 template <int kGroup, bool kHalves, int kVectors, bool kFull, int kStage, bool kPlain>
 void multiply_strip(const Packed& packed, const Block& block, const Epilogue& epilogue,
                     const Strip& strip) {
+  // Sums that begin may be far, and of half a tile are soon done.
+  constexpr int kAhead = kNarrow && (kStage & kFirst) ? 4 : 1;
   const int width = kFull ? kTile : strip.width;
   const int32_t* unit = packed.units.data() + block.unit * (kGroup + 2);
   const float* values = packed.values.data() + block.value;
   const uint16_t* offsets = packed.offsets.data() + block.offset;
   for (int64_t u = 0; u < block.units; ++u, unit += kGroup + 2) {
     if (kFull) approach(strip, packed.depth, u);
-    if (u + 1 < block.units) expect<kGroup, kVectors>(unit + kGroup + 2, strip, width);
+    if (u + kAhead < block.units)
+      expect<kGroup, kVectors>(unit + kAhead * (kGroup + 2), strip, width);
     Vector sums[kGroup][kVectors];
     float* to[kGroup];
 #pragma GCC unroll 4

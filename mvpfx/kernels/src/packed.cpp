@@ -70,7 +70,7 @@ int64_t depth_for(const Rows& rows, int64_t columns, int strip) {
   double held = 0;
   for (const std::vector<Entry>& row : rows) held += row.size();
   double density = rows.empty() || !columns ? 0 : held / (double(rows.size()) * columns);
-  if (strip < kTile) return density >= 0.12 ? 192 : density >= 0.04 ? 256 : kDeepest;
+  if (strip < kTile) return density >= 0.09 ? 192 : density >= 0.04 ? 256 : kDeepest;
   return density >= 0.12 ? 128 : density >= 0.09 ? 160 : density >= 0.04 ? 192 : 256;
 }
 

@@ -35,7 +35,7 @@ inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 // Not `0 + x`: the compiler has to keep that addition, for the sake of -0.
 inline Vector broadcast(float x) { return x - Vector{}; }
 // Four values that are read at once, each of which becomes a vector of its own. Faster where it was
-// measured: on AMD's processors with bfloat16, and on Intel's with a matrix unit.
+// measured: on AMD's processors, and on Intel's with a matrix unit.
 #if defined(KERNEL_AVX512_BF16)
 constexpr bool kSpreadsFours = true;
 struct Fours {
@@ -47,6 +47,21 @@ struct Fours {
       case 1: return _mm512_maskz_permute_ps(-1, values, 0x55);
       case 2: return _mm512_maskz_permute_ps(-1, values, 0xaa);
       default: return _mm512_maskz_permute_ps(-1, values, 0xff);
+    }
+  }
+};
+#elif defined(KERNEL_AVX2)
+constexpr bool kSpreadsFours = true;
+struct Fours {
+  Vector values;
+  explicit Fours(const float* four)
+      : values(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(four))) {}
+  Vector spread(int i) const {
+    switch (i) {
+      case 0: return _mm256_permute_ps(values, 0x00);
+      case 1: return _mm256_permute_ps(values, 0x55);
+      case 2: return _mm256_permute_ps(values, 0xaa);
+      default: return _mm256_permute_ps(values, 0xff);
     }
   }
 };
