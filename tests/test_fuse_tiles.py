@@ -226,11 +226,11 @@ def test_one_forward_is_one_call_of_the_library(monkeypatch: pytest.MonkeyPatch)
     counted = 0
 
     class Counting:
-        def mvpfx_run(self, *arguments: Any) -> None:
+        def mvpfx_run(self, *arguments: Any) -> int:
             nonlocal counted
             counted += 1
             assert LIBRARY is not None
-            LIBRARY.mvpfx_run(*arguments)
+            return LIBRARY.mvpfx_run(*arguments)
 
     call(small, batch)
     monkeypatch.setattr(prepared_chain, "LIBRARY", Counting())

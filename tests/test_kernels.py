@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.kernel_rate import entering, multiplying
 from mvpfx.kernels.chain import Chain
-from mvpfx.kernels.library import INSTRUCTIONS, LIBRARY, MISSING, isa, use_isa
+from mvpfx.kernels.library import INSTRUCTIONS, LIBRARY, MISSING, isa, tile_tokens, use_isa
 from mvpfx.kernels.step import Part, Place, Step
 from mvpfx.storage import SparseLinear
 from tests.kernels import largest
@@ -255,3 +256,17 @@ def test_an_unknown_instruction_set() -> None:
     message = f'^instruction set "mmx" cannot be used: this processor\'s is {isa()}.$'
     with pytest.raises(ValueError, match=message):
         use_isa("mmx")
+
+
+def test_tiles_of_another_instruction_set(instructions: str) -> None:
+    """Their tokens lie otherwise where it sums more of them at once, or fewer."""
+    layer = SparseLinear.from_dense(torch.eye(16))
+    (tiles,) = entering(16)(torch.randn(70, 16))
+    before = tile_tokens()
+    use_isa("plain")
+    if tile_tokens() == before:
+        assert instructions == "plain"
+        return
+    wanted = f"^activations came in tiles of {before} tokens, which is not what plain computes in"
+    with pytest.raises(RuntimeError, match=wanted):
+        multiplying(16, 16)(tiles, layer)

@@ -22,9 +22,9 @@ INSTRUCTIONS = ("amx", "avx512_bf16", "avx512", "avx2", "plain")
 
 
 class CGeometry(ctypes.Structure):
-    """How many tokens there are: `sequences` of `tokens` each."""
+    """How many tokens there are: `sequences` of `tokens` each, in tiles of `tile`."""
 
-    _fields_ = (("sequences", c_int64), ("tokens", c_int64))
+    _fields_ = (("sequences", c_int64), ("tokens", c_int64), ("tile", c_int64))
 
 
 class CSlice(ctypes.Structure):
@@ -74,14 +74,15 @@ class CStep(ctypes.Structure):
 _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "mvpfx_isa": (c_char_p, ()),
     "mvpfx_use_isa": (c_int, (c_char_p,)),
+    "mvpfx_tile": (c_int64, ()),
     "mvpfx_halves": (c_int, ()),
     "mvpfx_pack": (c_void_p, (c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_void_p)),
     "mvpfx_free": (None, (c_void_p,)),
-    "mvpfx_run": (None, (POINTER(CGeometry), POINTER(CStep), c_int, c_int64, c_int)),
+    "mvpfx_run": (c_int, (POINTER(CGeometry), POINTER(CStep), c_int, c_int64, c_int)),
 }
 
 
-INTERFACE = Interface(_FUNCTIONS, "mvpfx_interface", version=3)
+INTERFACE = Interface(_FUNCTIONS, "mvpfx_interface", version=4)
 
 
 def no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -99,6 +100,17 @@ def isa() -> str | None:
     """The instruction set in use, one of `INSTRUCTIONS`; None without the library."""
     found = LIBRARY
     return None if found is None else found.mvpfx_isa().decode()
+
+
+def tile_tokens() -> int:
+    """Tokens of a tile, with the instruction set in use.
+
+    Raises:
+        RuntimeError: there is no library.
+    """
+    if LIBRARY is None:
+        raise RuntimeError(f"{MISSING}; activations have no tiles")
+    return LIBRARY.mvpfx_tile()
 
 
 def use_isa(name: str) -> None:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mvpfx.kernels.library import DTYPES, LIBRARY, CSlice, CStep
+from mvpfx.kernels.library import DTYPES, LIBRARY, CSlice, CStep, isa, tile_tokens
 from mvpfx.kernels.step import Part, Step
-from mvpfx.kernels.tiles import TILE, Tiles, geometry_of, padded_tokens, workspace
+from mvpfx.kernels.tiles import Tiles, geometry_of, padded_tokens, workspace
 from mvpfx.kernels.weight import PackedWeight, Watch, values_of
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class PreparedChain:
         self._held = self._values(arguments)
         self._results = tuple(self._held[value] for value in chain.results)
         ends = (p.offset + p.features for p in chain.places if p.offset is not None)
-        self._scratch = TILE * max(ends, default=0)
+        self._scratch = self.geometry.tile * max(ends, default=0)
         self._alive: list[Any] = list(packed)
         self._calls = (CStep * len(chain.steps))()
         self._entering: list[tuple[CStep, int]] = []
@@ -99,7 +99,7 @@ class PreparedChain:
     def serves(self, arguments: Sequence[Any]) -> bool:
         """Whether a call of these sizes has these tiles and these weights."""
         same = all(arguments[i].data.data_ptr() == pointer for i, pointer in self._tiles)
-        return same and self._watch.holds(arguments)
+        return same and self.geometry.tile == tile_tokens() and self._watch.holds(arguments)
 
     def run(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """Run the steps: tiles that are handed on, then tensors that leave."""
@@ -114,9 +114,13 @@ class PreparedChain:
             left.append(out)
         assert LIBRARY is not None, "whoever makes chains has looked for the library"
         threads = torch.get_num_threads()
-        LIBRARY.mvpfx_run(
+        if not LIBRARY.mvpfx_run(
             byref(self.geometry), self._calls, len(self._calls), self._scratch, threads
-        )
+        ):
+            raise RuntimeError(
+                f"activations came in tiles of {self.geometry.tile} tokens, which is not what "
+                f"{isa()} computes in. Choose the instruction set before the model is called."
+            )
         del entered, masks  # which had to live until now
         return (*self._results, *left)
 
@@ -185,8 +189,7 @@ class PreparedChain:
         if offset is not None:
             # A feature takes as many floats in the tile's own memory as it does elsewhere.
             return CSlice(None, 0, offset + part.first)
-        tiles = self._held[part.value]
-        return CSlice(tiles.data.data_ptr(), tiles.features * TILE, tiles.first + part.first)
+        return self._held[part.value].part(part.first, part.width).slice()
 
     def _enter(self, call: CStep, x: Tensor) -> Tensor:
         """Point a step at the tensor that enters; returned, for it has to live on."""

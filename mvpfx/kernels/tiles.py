@@ -1,9 +1,9 @@
 """Tiled activations: the layout that native kernels compute in.
 
-Activations `[..., S, F]` are kept as float32 in tiles of 64 tokens, feature by feature within a
-tile, so one weight meets 64 tokens that lie side by side. Each sequence is padded to a multiple of
-16 tokens; the last tile may be narrower. `bfloat16` activations are converted at the edges: sums,
-norms and softmax are those of float32.
+Activations `[..., S, F]` are kept as float32 in tiles of 16, 32 or 64 tokens, feature by feature
+within a tile, so one weight meets tokens that lie side by side, as many as the instruction set sums
+at once. Each sequence is padded to a multiple of 16 tokens; the last tile may be narrower.
+`bfloat16` activations are converted at the edges: sums, norms and softmax are those of float32.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mvpfx.kernels.library import CGeometry, CSlice
+from mvpfx.kernels.library import CGeometry, CSlice, tile_tokens
 
-TILE = 64
-"""Tokens of a tile."""
 CHUNK = 16
 """Each sequence is padded to a multiple of so many tokens."""
 
@@ -29,7 +27,7 @@ class Tiles:
 
     Attributes:
         data: float32, at least `features` for each padded token.
-        geometry: sequences, and tokens of each.
+        geometry: sequences, tokens of each, and of a tile.
         features: that `data` holds for each token.
         first, width: the part that is meant.
         front: the leading dimensions that the activations have outside, with the tokens.
@@ -51,19 +49,19 @@ class Tiles:
 
     def slice(self) -> CSlice:
         """As the library takes them."""
-        return CSlice(self.data.data_ptr(), self.features * TILE, self.first)
+        return CSlice(self.data.data_ptr(), self.features * self.geometry.tile, self.first)
 
 
 def geometry_of(x: Tensor) -> CGeometry:
     """How many sequences and tokens activations `[..., S, F]` have."""
     front = x.shape[:-1]
-    return CGeometry(math.prod(front[:-1]), front[-1] if front else 1)
+    return CGeometry(math.prod(front[:-1]), front[-1] if front else 1, tile_tokens())
 
 
 def padded_tokens(geometry: CGeometry) -> int:
     """Tokens with those that only fill up a chunk.
 
-    >>> padded_tokens(CGeometry(2, 17))
+    >>> padded_tokens(CGeometry(2, 17, 64))
     64
     """
     return geometry.sequences * ((geometry.tokens + CHUNK - 1) // CHUNK * CHUNK)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mvpfx.kernels.library import LIBRARY
+from mvpfx.kernels.library import LIBRARY, tile_tokens
 from mvpfx.native_linear import NativeLinear
 from mvpfx.sparse_matmul import block_of, to_dense
 
@@ -48,6 +48,7 @@ class PackedWeight:
     Attributes:
         handle: the library's.
         rows: of all weights together.
+        tile: tokens of the tiles that it is packed for.
         bias: `[rows]` float32, or None where no weight has one.
     """
 
@@ -59,6 +60,7 @@ class PackedWeight:
         self.rows = sum(matrix.out_features for matrix in matrices)
         columns = matrices[0].in_features
         halves = values_of(layers[0]).dtype is torch.bfloat16 and found.mvpfx_halves()
+        self.tile: int = found.mvpfx_tile()
         pointers = (crow.data_ptr(), col.data_ptr(), values.data_ptr())
         self.handle: int = found.mvpfx_pack(self.rows, columns, block, halves, *pointers)
         self.bias = _biases(matrices)
@@ -174,7 +176,8 @@ class PackedCache:
 
     def of(self, layers: Sequence[Any]) -> PackedWeight:
         """The packed form of `layers` as they are now."""
-        if self._packed is None or not self._watch.holds(layers):
-            self._packed = PackedWeight(layers)
+        packed = self._packed
+        if packed is None or packed.tile != tile_tokens() or not self._watch.holds(layers):
+            packed = self._packed = PackedWeight(layers)
             self._watch.see(layers, range(len(layers)), ())
-        return self._packed
+        return packed

@@ -10,7 +10,7 @@
 
 namespace KERNEL_ISA {
 
-// Features of one head, of one sequence: tile after tile, each [features, 64].
+// Features of one head, of one sequence: tile after tile, each [features, kTile].
 struct Head {
   const float* data;
   int64_t stride;  // floats from tile to tile
@@ -34,7 +34,7 @@ inline Head head_of(const Geometry& geometry, const Slice& slice, int64_t first,
 }
 
 // out[r, :] (+)= sum over i of left[i * left_step + r * left_row] * right[i, :], for kCount rows and
-// kVectors vectors; rows of `right` and `out` are 64 wide. With kHalves both sides have two bfloat16 in
+// kVectors vectors; rows of `right` and `out` are a tile wide. With kHalves both sides have two bfloat16 in
 // the place of each float.
 template <bool kHalves, int kCount, int kVectors>
 inline void product(const float* left, int64_t left_row, int64_t left_step, const float* right,

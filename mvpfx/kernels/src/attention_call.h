@@ -16,7 +16,7 @@ struct Attention {
   int64_t mask_strides[4];
 
   // Tiles of one sequence, were they its own.
-  int64_t tiles() const { return (geometry.padded() + kTile - 1) / kTile; }
+  int64_t tiles() const { return (geometry.padded() + geometry.tile - 1) / geometry.tile; }
 };
 
 // Up to the next multiple of what a matrix unit takes at once.
@@ -26,6 +26,6 @@ inline int64_t whole_groups(int64_t count) { return (count + kChunk - 1) / kChun
 // paired, keys turned, the scores of one tile of queries, and its result.
 inline int64_t scratch_floats(const Attention& a) {
   int64_t pairs = whole_groups((a.width + 1) / 2), width = a.width + 1 + kChunk;
-  int64_t tile = 2 * width + pairs + whole_groups(a.out_width) + kTile;
-  return kTile * (a.tiles() * tile + whole_groups(a.out_width));
+  int64_t tile = 2 * width + pairs + whole_groups(a.out_width) + a.geometry.tile;
+  return a.geometry.tile * (a.tiles() * tile + whole_groups(a.out_width));
 }

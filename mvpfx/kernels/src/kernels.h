@@ -13,7 +13,7 @@
 const Kernels KERNEL_TABLE = {KERNEL_TEXT(KERNEL_ISA),
                               KERNEL_ISA::kHasHalves,
                               KERNEL_ISA::kMatrixUnit,
-                              KERNEL_ISA::kStrip,
+                              KERNEL_ISA::kTile,
                               KERNEL_ISA::multiply,
                               KERNEL_ISA::pair_features,
                               KERNEL_ISA::normalize,

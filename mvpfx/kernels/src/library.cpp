@@ -7,42 +7,10 @@
 #include "export.h"
 #include "packed.h"
 #include "parallel.h"
+#include "processor.h"
 #include "table.h"
 
-#if defined(HAS_AMX_KERNELS)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace {
-
-#if defined(HAS_AMX_KERNELS)
-// Whether the processor has AMX, and the system lets this process use it.
-bool amx_is_there() {
-  unsigned a, b, c, d = 0;
-  constexpr unsigned kTiles = 1u << 24, kBf16 = 1u << 22;
-  constexpr long kAskForState = 0x1023, kTileData = 18;  // arch_prctl(2): ARCH_REQ_XCOMP_PERM
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) && (d & kBf16) &&
-         syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
-}
-#endif
-
-const Kernels* best() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    if (!__builtin_cpu_supports("avx512bf16")) return &kAvx512;
-#if defined(HAS_AMX_KERNELS)
-    if (amx_is_there()) return &kAmx;
-#endif
-    return &kAvx512Bf16;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kAvx2;
-#endif
-  return &kPlain;
-}
 
 const Kernels* kernels = best();
 
@@ -76,14 +44,14 @@ struct Span {
 
 constexpr Range kAllPanels{0, INT64_MAX};
 
-// Tiles that a step is done for before the next step: weights that two of them meet are read once, and
+// Tokens that a step is done for before the next step: weights that two tiles meet are read once, and
 // what a step leaves is still in cache.
-constexpr int64_t kTogether = 2;
+constexpr int64_t kTogether = 2 * kWidest;
 
 // Enter or leave, for one tile.
 void cross_edge(const Kernels& table, const Geometry& geometry, const Step& step, int64_t tile,
                 const Slice& input, const Slice& output) {
-  int64_t chunk = tile * (kTile / kChunk), end = chunk + geometry.width(tile) / kChunk;
+  int64_t chunk = tile * (geometry.tile / kChunk), end = chunk + geometry.width(tile) / kChunk;
   int64_t sequence = step.sequence_stride, token = step.token_stride;
   for (; chunk < end; ++chunk) {
     if (step.kind == kEnter && step.flag)
@@ -107,7 +75,7 @@ void run_product(const Kernels& table, const Geometry& geometry, const Step& ste
   const Packed& packed = *step.packed;
   if (packed.halves) {
     static thread_local Scratch room;
-    int64_t stride = packed.columns * kTile;
+    int64_t stride = packed.columns * geometry.tile;
     Slice pairs{room.floats((tiles.last - tiles.first) * stride) - tiles.first * stride, stride, 0};
     for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
       int width = geometry.width(tile);
@@ -145,7 +113,7 @@ void run_step(const Kernels& table, const Geometry& geometry, const Step& step, 
 }  // namespace
 
 // The number of this interface: one more whenever a function or a struct changes.
-EXPORT int mvpfx_interface() { return 3; }
+EXPORT int mvpfx_interface() { return 4; }
 
 // The name of the instruction set in use.
 EXPORT const char* mvpfx_isa() { return kernels->name; }
@@ -170,13 +138,16 @@ EXPORT int mvpfx_use_isa(const char* name) {
   return 0;
 }
 
+// Tokens of a tile, with the instruction set in use: weights are packed for it.
+EXPORT int64_t mvpfx_tile() { return kernels->tile; }
+
 // Whether weights and activations in bfloat16 are worth being multiplied as such.
 EXPORT int mvpfx_halves() { return kernels->halves; }
 
 EXPORT Packed* mvpfx_pack(int64_t rows, int64_t columns, int64_t block, int halves,
                           const int32_t* row_starts, const int32_t* column_indices,
                           const float* values) {
-  return pack(rows, columns, block, halves != 0, kernels->matrix, kernels->strip, row_starts,
+  return pack(rows, columns, block, halves != 0, kernels->matrix, kernels->tile, row_starts,
               column_indices, values);
 }
 
@@ -195,7 +166,7 @@ void run_tiles(const Geometry& geometry, const Step* steps, int count, int64_t s
   const Kernels* table = kernels;
   int64_t tiles = geometry.tiles();
   if (tiles >= threads) {
-    int64_t together = tiles >= kTogether * threads ? kTogether : 1;
+    int64_t together = std::min(kTogether / geometry.tile, tiles / threads);
     parallel((tiles + together - 1) / together, threads, [&](int64_t job) {
       static thread_local Scratch own;
       Range some{job * together, std::min((job + 1) * together, tiles)};
@@ -244,16 +215,16 @@ void attend(const Attention& attention, int64_t sequence, int64_t head) {
 // whole tiles.
 void run_sequences(const Geometry& geometry, const Step* steps, int count, int64_t scratch,
                    int threads) {
-  int64_t tiles = geometry.padded() / kTile;
+  int64_t tiles = geometry.padded() / geometry.tile, together = kTogether / geometry.tile;
   parallel(geometry.sequences, threads, [&](int64_t sequence) {
     static thread_local Scratch memory;
-    float* own = memory.floats(scratch * kTogether);
+    float* own = memory.floats(scratch * together);
     for (int i = 0; i < count; ++i) {
       int end = i;
       while (end < count && steps[end].kind != kAttend) ++end;
       int64_t last = (sequence + 1) * tiles;
-      for (int64_t tile = sequence * tiles; tile < last; tile += kTogether) {
-        Range some{tile, std::min(tile + kTogether, last)};
+      for (int64_t tile = sequence * tiles; tile < last; tile += together) {
+        Range some{tile, std::min(tile + together, last)};
         run_all(*kernels, geometry, steps + i, end - i, {some, own, scratch});
       }
       i = end;
@@ -264,24 +235,40 @@ void run_sequences(const Geometry& geometry, const Step* steps, int count, int64
   });
 }
 
-}  // namespace
-
-// Runs steps for all tokens. Slices whose stride is 0 lie in memory of the tile's own, which lasts
-// from one attention to the next, and take `scratch` floats in all.
-EXPORT void mvpfx_run(const Geometry* geometry, const Step* steps, int count, int64_t scratch,
-                      int threads) {
-  scratch = (scratch + kChunk - 1) / kChunk * kChunk;
-  if (geometry->padded() % kTile == 0 && geometry->sequences >= threads)
-    return run_sequences(*geometry, steps, count, scratch, threads);
+// All steps between two attentions for all tokens, then the attention.
+void run_parts(const Geometry& geometry, const Step* steps, int count, int64_t scratch, int threads) {
   for (int i = 0; i < count; ++i) {
     int end = i;
     while (end < count && steps[end].kind != kAttend) ++end;
-    run_tiles(*geometry, steps + i, end - i, scratch, threads);
+    run_tiles(geometry, steps + i, end - i, scratch, threads);
     i = end;
     if (end == count) return;
-    Attention attention = attention_of(*geometry, steps[end]);
-    parallel(geometry->sequences * attention.heads, threads, [&](int64_t head) {
+    Attention attention = attention_of(geometry, steps[end]);
+    parallel(geometry.sequences * attention.heads, threads, [&](int64_t head) {
       attend(attention, head / attention.heads, head % attention.heads);
     });
   }
+}
+
+// Whether tiles and weights are those of the instruction set in use.
+bool fits(const Geometry& geometry, const Step* steps, int count) {
+  return geometry.tile == kernels->tile && std::all_of(steps, steps + count, [&](const Step& step) {
+           return step.kind != kMultiply || step.packed->tile == geometry.tile;
+         });
+}
+
+}  // namespace
+
+// Runs steps for all tokens. Slices whose stride is 0 lie in memory of the tile's own, which lasts
+// from one attention to the next, and take `scratch` floats in all. Returns 0, and does nothing, where
+// tiles or weights are not those of the instruction set in use.
+EXPORT int mvpfx_run(const Geometry* geometry, const Step* steps, int count, int64_t scratch,
+                     int threads) {
+  if (!fits(*geometry, steps, count)) return 0;
+  scratch = (scratch + kChunk - 1) / kChunk * kChunk;
+  if (geometry->padded() % geometry->tile == 0 && geometry->sequences >= threads)
+    run_sequences(*geometry, steps, count, scratch, threads);
+  else
+    run_parts(*geometry, steps, count, scratch, threads);
+  return 1;
 }

@@ -9,15 +9,10 @@
 
 namespace KERNEL_ISA {
 
-// Whether a strip is less than a tile. Its columns lie a tile apart then, where they would share a
-// part of the first cache: they are copied to lie side by side.
-constexpr bool kNarrow = kStrip < kTile;
-
 // Some tokens of one tile, and what a block of weights reads and writes of them.
 struct Strip {
-  const float* input;   // first column of the block; of full tiles its copy, where kNarrow
-  const float* source;  // first column of the block in the tile
-  float* output;        // first row of all
+  const float* input;  // first column of the block
+  float* output;       // first row of all
   int64_t tile;
   int width, lane;
 };
@@ -43,11 +38,6 @@ inline void finish(Vector (&sums)[kVectors], const Epilogue& epilogue, int64_t r
 // Where a column begins; offsets are those of a full tile.
 template <bool kFull>
 inline const float* column(const Strip& strip, uint16_t offset) {
-  if constexpr (kFull && kNarrow) {
-    constexpr int64_t kBytes = int64_t{sizeof(float)} * kStrip / kTile;
-    return reinterpret_cast<const float*>(reinterpret_cast<const char*>(strip.input) +
-                                          kBytes * offset);
-  }
   return strip.input + (kFull ? offset : int64_t{offset} / kTile * strip.width);
 }
 
@@ -65,7 +55,7 @@ inline void expect(const int32_t* unit, const Strip& strip, int width) {
 // near when their turn comes.
 inline void approach(const Strip& strip, int64_t depth, int64_t unit) {
   constexpr int64_t kLine = 64 / sizeof(float);
-  const float* next = (kNarrow ? strip.source : strip.input) + depth * kTile + 2 * unit * kLine;
+  const float* next = strip.input + depth * kTile + 2 * unit * kLine;
   if (2 * unit * kLine >= depth * kTile) return;
   __builtin_prefetch(next, 0, 2);
   __builtin_prefetch(next + kLine, 0, 2);
@@ -146,8 +136,8 @@ __attribute__((always_inline)) inline void add_own(
 template <int kGroup, bool kHalves, int kVectors, bool kFull, int kStage, bool kPlain>
 void multiply_strip(const Packed& packed, const Block& block, const Epilogue& epilogue,
                     const Strip& strip) {
-  // Sums that begin may be far, and of half a tile are soon done.
-  constexpr int kAhead = kNarrow && (kStage & kFirst) ? 4 : 1;
+  // Sums that begin may be far, and of few tokens are soon done.
+  constexpr int kAhead = kTile < kWidest && (kStage & kFirst) ? 4 : 1;
   const int width = kFull ? kTile : strip.width;
   const int32_t* unit = packed.units.data() + block.unit * (kGroup + 2);
   const float* values = packed.values.data() + block.value;
@@ -195,64 +185,37 @@ void multiply_stage(const Packed& packed, const Block& block, const Epilogue& ep
   run(Stage_<kOnly>{}, something);
 }
 
-// A full tile in strips whose columns are copied to lie side by side; of four rows half a strip after
-// the other, so that their sums find room in registers.
 template <int kGroup, bool kHalves>
-void multiply_copies(const Packed& packed, const Block& block, int64_t columns,
-                     const Epilogue& epilogue, Strip strip, int stage) {
-  constexpr int kVectors = kGroup == 4 ? kWide / 2 : kWide;
-  alignas(64) float copy[kDeepest * kStrip];
+void multiply_tile(const Packed& packed, const Block& block, const Epilogue& epilogue, Strip strip,
+                   int stage) {
   const float* input = strip.input;
   float* output = strip.output;
-  for (int first = 0; first < kTile; first += kStrip) {
-    for (int64_t c = 0; c < columns; ++c)
-      for (int lane = 0; lane < kStrip; lane += kLanes)
-        store(copy + c * kStrip + lane, load(input + c * kTile + first + lane));
-    for (int lane = 0; lane < kStrip; lane += kVectors * kLanes) {
-      strip.lane = first + lane;
-      strip.input = copy + lane;
-      strip.output = output + strip.lane;
-      multiply_stage<kGroup, kHalves, kVectors, true>(packed, block, epilogue, strip, stage);
-    }
-  }
-}
-
-template <int kGroup, bool kHalves>
-void multiply_tile(const Packed& packed, const Block& block, int64_t columns,
-                   const Epilogue& epilogue, Strip strip, int stage) {
-  static_assert(kStrip <= kTile);
-  if (strip.width == kTile) {
-    if constexpr (kNarrow)
-      multiply_copies<kGroup, kHalves>(packed, block, columns, epilogue, strip, stage);
-    else
-      multiply_stage<kGroup, kHalves, kWide, true>(packed, block, epilogue, strip, stage);
-    return;
-  }
-  const float* input = strip.input;
-  float* output = strip.output;
-  int step = strip.width % kStrip == 0 ? kWide : 1;
-  for (; strip.lane < strip.width; strip.lane += step * kLanes) {
+  // Four rows half a tile after the other, where all sums find no room in registers.
+  constexpr int kVectors = kGroup == 4 && kTile < kWidest ? kWide / 2 : kWide;
+  const bool full = strip.width == kTile;
+  for (; strip.lane < strip.width; strip.lane += (full ? kVectors : 1) * kLanes) {
     strip.input = input + strip.lane;
     strip.output = output + strip.lane;
-    if (step == kWide)
-      multiply_stage<kGroup, kHalves, kWide, false>(packed, block, epilogue, strip, stage);
+    if (full)
+      multiply_stage<kGroup, kHalves, kVectors, true>(packed, block, epilogue, strip, stage);
     else
       multiply_stage<kGroup, kHalves, 1, false>(packed, block, epilogue, strip, stage);
   }
 }
 
-// One panel of rows for one tile, whose first feature (or pair of features) is at `input`.
+// One panel of rows for some tiles, block by block.
 template <int kGroup, bool kHalves>
-void multiply_panel(const Packed& packed, int64_t panel, int64_t tile, int width,
-                    const float* input, float* output, const Epilogue& epilogue) {
+void multiply_panel(const Packed& packed, int64_t panel, const Geometry& geometry, Range tiles,
+                    const Slice& input, const Slice& output, const Epilogue& epilogue) {
   int64_t depths = packed.depths();
   for (int64_t q = 0; q < depths; ++q) {
     const Block& block = packed.blocks[panel * depths + q];
     int stage = (q == 0 ? kFirst : 0) | (q == depths - 1 ? kLast : 0);
-    int64_t first = q * packed.depth, columns = std::min(packed.depth, packed.columns - first);
-    const float* from = input + first * width;
-    Strip strip{from, from, output, tile, width, 0};
-    multiply_tile<kGroup, kHalves>(packed, block, columns, epilogue, strip, stage);
+    for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
+      int width = geometry.width(tile);
+      Strip strip{input.at(tile, q * packed.depth, width), output.at(tile, 0, width), tile, width, 0};
+      multiply_tile<kGroup, kHalves>(packed, block, epilogue, strip, stage);
+    }
   }
 }
 

@@ -28,7 +28,7 @@ inline Gathered gather(const int32_t* columns, const float* x, int64_t width, fl
   return {copy, kMatrixPairs * kChunk, kChunk};
 }
 
-// packed.matrix rows for kChunks times 16 tokens; rows of `sums` are 64 wide.
+// packed.matrix rows for kChunks times 16 tokens; rows of `sums` are a tile wide.
 template <int kChunks>
 void sum_rows(const Packed& packed, int64_t first, int64_t last, const float* x, int64_t width,
               float* sums) {
@@ -99,9 +99,9 @@ void multiply_matrix(const Packed& packed, int64_t first, int64_t last, const Ge
       int width = geometry.width(tile);
       const int64_t* groups = packed.starts.data() + row / together;
       kSum[width / kChunk - 1](packed, groups[0], groups[1], input.at(tile, 0, width), width, sums);
-      Strip strip{nullptr, nullptr, output.at(tile, 0, width), tile, width, 0};
+      Strip strip{nullptr, output.at(tile, 0, width), tile, width, 0};
       int64_t end = std::min(row + together, last);
-      if (width % kStrip == 0) finish_rows<kWide>(sums, row, end, epilogue, strip);
+      if (width == kTile) finish_rows<kWide>(sums, row, end, epilogue, strip);
       else finish_rows<1>(sums, row, end, epilogue, strip);
     }
 }
@@ -113,13 +113,13 @@ void multiply(const Packed& packed, Range panels, const Geometry& geometry, Rang
     return multiply_matrix(packed, panels.first * packed.panel,
                            std::min(panels.last * packed.panel, packed.rows), geometry, tiles, input,
                            output, epilogue);
+  constexpr int64_t kBeside = kWidest / kTile;  // tiles for which a block of weights stays near
   auto one = packed.halves ? (packed.group == 2 ? multiply_panel<2, true> : multiply_panel<4, true>)
                            : (packed.group == 2 ? multiply_panel<2, false> : multiply_panel<4, false>);
   for (int64_t panel = panels.first; panel < panels.last; ++panel)
-    for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
-      int width = geometry.width(tile);
-      one(packed, panel, tile, width, input.at(tile, 0, width), output.at(tile, 0, width), epilogue);
-    }
+    for (int64_t tile = tiles.first; tile < tiles.last; tile += kBeside)
+      one(packed, panel, geometry, {tile, std::min(tile + kBeside, tiles.last)}, input, output,
+          epilogue);
 }
 
 }  // namespace KERNEL_ISA

@@ -11,7 +11,7 @@ namespace {
 
 constexpr double kSharedAtLeast = 0.7;  // of what four rows hold in common columns
 
-// Rows of a block: their sums, 64 tokens of each, take 192 KiB.
+// Rows of a block: their sums, of 64 tokens, take 192 KiB.
 constexpr int64_t kPanel = 768;
 
 // The nonzeros of each row, columns ascending. A block's zeros are left out.
@@ -64,13 +64,13 @@ bool rows_share(const Rows& rows) {
   return room > 0 && held >= kSharedAtLeast * room;
 }
 
-// Columns of a block. What a strip has of them, whole tiles of 128 or half tiles of 192, stays in the
-// first cache; where few weights meet each of them it is worth more to begin and end sums less often.
-int64_t depth_for(const Rows& rows, int64_t columns, int strip) {
+// Columns of a block. What a tile has of them, of 64 tokens 128 or of less 192, stays in the first
+// cache; where few weights meet each of them it is worth more to begin and end sums less often.
+int64_t depth_for(const Rows& rows, int64_t columns, int tile) {
   double held = 0;
   for (const std::vector<Entry>& row : rows) held += row.size();
   double density = rows.empty() || !columns ? 0 : held / (double(rows.size()) * columns);
-  if (strip < kTile) return density >= 0.09 ? 192 : density >= 0.04 ? 256 : kDeepest;
+  if (tile < kWidest) return density >= 0.09 ? 192 : density >= 0.04 ? 256 : kDeepest;
   return density >= 0.12 ? 128 : density >= 0.09 ? 160 : density >= 0.04 ? 192 : 256;
 }
 
@@ -109,7 +109,7 @@ class Packer {
   }
 
   uint16_t offset(int32_t column, int64_t q) const {
-    return static_cast<uint16_t>((column - q * packed_->depth) * kTile);
+    return static_cast<uint16_t>((column - q * packed_->depth) * packed_->tile);
   }
 
   void pairs(int64_t first, int64_t last, int64_t q, bool all) {
@@ -204,12 +204,13 @@ void tidy(std::vector<int32_t>& columns) {
   columns.erase(std::unique(columns.begin(), columns.end()), columns.end());
 }
 
-Packed* pack(int64_t rows, int64_t columns, int64_t block, bool halves, bool matrix, int strip,
+Packed* pack(int64_t rows, int64_t columns, int64_t block, bool halves, bool matrix, int tile,
              const int32_t* row_starts, const int32_t* column_indices, const float* values) {
   Rows found = read_rows(rows, block, row_starts, column_indices, values);
   Packed* packed = new Packed{};
   packed->rows = rows;
   packed->columns = columns;
+  packed->tile = tile;
   packed->group = rows_share(found) ? 4 : 2;
   packed->panel = kPanel;
   if (halves && matrix && pack_pairs(packed, found)) return packed;
@@ -218,7 +219,7 @@ Packed* pack(int64_t rows, int64_t columns, int64_t block, bool halves, bool mat
     pair_all(packed, found);
     packed->group = rows_share(found) ? 4 : 2;
   }
-  packed->depth = depth_for(found, packed->columns, strip);
+  packed->depth = depth_for(found, packed->columns, tile);
   Packer(packed, found).run();
   return packed;
 }

@@ -25,6 +25,7 @@ struct Packed {
   int group;          // rows of a unit: 2 or 4
   int64_t panel;      // rows of a block
   int64_t depth;      // columns of a block
+  int tile;           // tokens of the tiles that it is for
   std::vector<Block> blocks;  // panel by panel, within it by columns
   // Rows that are computed together, two or four: their numbers, then how many entries they share, then
   // how many each of two has besides. Where rows are missing the first stands in, with zeros.
@@ -49,6 +50,6 @@ struct Packed {
 constexpr int64_t kDeepest = 384;
 
 // With `halves` the values have to be numbers that bfloat16 has; with `matrix` they may be packed for a
-// matrix unit. `strip`: how many tokens the kernels sum at once that will read it fastest.
-Packed* pack(int64_t rows, int64_t columns, int64_t block, bool halves, bool matrix, int strip,
+// matrix unit. `tile`: tokens of the tiles that it is for.
+Packed* pack(int64_t rows, int64_t columns, int64_t block, bool halves, bool matrix, int tile,
              const int32_t* row_starts, const int32_t* column_indices, const float* values);

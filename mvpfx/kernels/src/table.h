@@ -9,7 +9,7 @@ struct Kernels {
   const char* name;
   bool halves;  // whether products of bfloat16 are faster than those of floats
   bool matrix;  // whether there is a matrix unit for them
-  int strip;    // tokens of a tile that are summed at once
+  int tile;     // tokens of a tile
   void (*multiply)(const Packed&, Range panels, const Geometry&, Range tiles, const Slice& input,
                    const Slice& output, const Epilogue&);
   void (*pair_features)(int64_t features, int width, const float* input, float* pairs);

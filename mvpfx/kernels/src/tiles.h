@@ -1,14 +1,15 @@
 // The layout that the kernels compute in.
 //
-// Activations [sequences, tokens, features] are kept as tiles of 64 tokens, within a tile feature by
-// feature: one weight meets 64 tokens that lie side by side. Every sequence is padded to a multiple
-// of 16 tokens, so that 16 neighbours never belong to two sequences. The last tile may be narrower,
-// by multiples of 16.
+// Activations [sequences, tokens, features] are kept as tiles of 16, 32 or 64 tokens, within a tile
+// feature by feature: one weight meets tokens that lie side by side, as many as the instruction set
+// sums at once. Every sequence is padded to a multiple of 16 tokens, so that 16 neighbours never
+// belong to two sequences. The last tile may be narrower, by multiples of 16.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
-constexpr int kTile = 64;
+constexpr int kWidest = 64;  // tokens of the widest tile
 constexpr int kChunk = 16;
 
 enum Activation { kNone = 0, kGelu, kGeluTanh, kRelu, kSilu, kTanh, kSigmoid, kGeluQuick };
@@ -17,12 +18,12 @@ enum Activation { kNone = 0, kGelu, kGeluTanh, kRelu, kSilu, kTanh, kSigmoid, kG
 struct Geometry {
   int64_t sequences;
   int64_t tokens;  // of one sequence
+  int64_t tile;    // tokens of a tile
   int64_t padded() const { return (tokens + kChunk - 1) / kChunk * kChunk; }
   int64_t total() const { return sequences * padded(); }
-  int64_t tiles() const { return (total() + kTile - 1) / kTile; }
-  int width(int64_t tile) const {
-    int64_t rest = total() - tile * kTile;
-    return rest < kTile ? static_cast<int>(rest) : kTile;
+  int64_t tiles() const { return (total() + tile - 1) / tile; }
+  int width(int64_t number) const {
+    return static_cast<int>(std::min(total() - number * tile, tile));
   }
 };
 

@@ -17,7 +17,7 @@ namespace KERNEL_ISA {
 constexpr int kLanes = KERNEL_VECTOR_BYTES / 4;
 // Vectors of tokens that are summed at once, and rows of a dense product that share them.
 constexpr int kWide = KERNEL_WIDE;
-constexpr int kStrip = kWide * kLanes;
+constexpr int kTile = kWide * kLanes;  // tokens, which are summed at once
 constexpr int kRows = KERNEL_ROWS;
 // Whether an instruction multiplies pairs of bfloat16.
 #if defined(KERNEL_AVX512_BF16)
