@@ -212,7 +212,7 @@ void attend(const Attention& attention, int64_t sequence, int64_t head) {
 }
 
 // All steps for one sequence before the next: what a step reads is still in cache. For sequences of
-// whole tiles.
+// whole tiles, even the widest: shorter ones share what is read of weights with others.
 void run_sequences(const Geometry& geometry, const Step* steps, int count, int64_t scratch,
                    int threads) {
   int64_t tiles = geometry.padded() / geometry.tile, together = kTogether / geometry.tile;
@@ -266,7 +266,7 @@ EXPORT int mvpfx_run(const Geometry* geometry, const Step* steps, int count, int
                      int threads) {
   if (!fits(*geometry, steps, count)) return 0;
   scratch = (scratch + kChunk - 1) / kChunk * kChunk;
-  if (geometry->padded() % geometry->tile == 0 && geometry->sequences >= threads)
+  if (geometry->padded() % kWidest == 0 && geometry->sequences >= threads)
     run_sequences(*geometry, steps, count, scratch, threads);
   else
     run_parts(*geometry, steps, count, scratch, threads);

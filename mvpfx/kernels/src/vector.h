@@ -17,7 +17,7 @@ namespace KERNEL_ISA {
 constexpr int kLanes = KERNEL_VECTOR_BYTES / 4;
 // Vectors of tokens that are summed at once, and rows of a dense product that share them.
 constexpr int kWide = KERNEL_WIDE;
-constexpr int kTile = kWide * kLanes;  // tokens, which are summed at once
+constexpr int kTile = kWide * kLanes;  // tokens of a tile: as many as are summed at once
 constexpr int kRows = KERNEL_ROWS;
 // Whether an instruction multiplies pairs of bfloat16.
 #if defined(KERNEL_AVX512_BF16)
@@ -36,32 +36,26 @@ inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 inline Vector broadcast(float x) { return x - Vector{}; }
 // Four values that are read at once, each of which becomes a vector of its own. Faster where it was
 // measured: on AMD's processors, and on Intel's with a matrix unit.
+#if defined(KERNEL_AVX512_BF16) || defined(KERNEL_AVX2)
+constexpr bool kSpreadsFours = true;
+struct Fours {
+  Vector values;
 #if defined(KERNEL_AVX512_BF16)
-constexpr bool kSpreadsFours = true;
-struct Fours {
-  Vector values;
   explicit Fours(const float* four) : values(_mm512_maskz_broadcast_f32x4(-1, _mm_loadu_ps(four))) {}
-  Vector spread(int i) const {
-    switch (i) {
-      case 0: return _mm512_maskz_permute_ps(-1, values, 0x00);
-      case 1: return _mm512_maskz_permute_ps(-1, values, 0x55);
-      case 2: return _mm512_maskz_permute_ps(-1, values, 0xaa);
-      default: return _mm512_maskz_permute_ps(-1, values, 0xff);
-    }
-  }
-};
-#elif defined(KERNEL_AVX2)
-constexpr bool kSpreadsFours = true;
-struct Fours {
-  Vector values;
+  template <int kWhich>
+  Vector permuted() const { return _mm512_maskz_permute_ps(-1, values, kWhich); }
+#else
   explicit Fours(const float* four)
       : values(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(four))) {}
+  template <int kWhich>
+  Vector permuted() const { return _mm256_permute_ps(values, kWhich); }
+#endif
   Vector spread(int i) const {
     switch (i) {
-      case 0: return _mm256_permute_ps(values, 0x00);
-      case 1: return _mm256_permute_ps(values, 0x55);
-      case 2: return _mm256_permute_ps(values, 0xaa);
-      default: return _mm256_permute_ps(values, 0xff);
+      case 0: return permuted<0x00>();
+      case 1: return permuted<0x55>();
+      case 2: return permuted<0xaa>();
+      default: return permuted<0xff>();
     }
   }
 };
