@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.results_file import FOLDER, environment
-from mvpfx.break_even import processor, size_class, storage_key
+from benchmarks.results_file import FOLDER, environment, instructions
+from mvpfx.break_even import size_class, storage_key
 from mvpfx.cost import MARGIN, Quartiles, measure_storages
 from mvpfx.kernels.library import INSTRUCTIONS, isa, use_isa
 
@@ -59,10 +59,10 @@ def run(dtype: str, rounds: int) -> None:
         "dtype": dtype,
         "margin": MARGIN,
         "rounds": rounds,
-        "table": {processor(): table(points)},
+        "table": {instructions(): table(points)},
         "points": points,
     }
-    path = RESULTS / f"{processor()}-{dtype}.json"
+    path = RESULTS / f"{instructions()}-{dtype}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(compact(result) + "\n", encoding="utf-8")
 
@@ -70,21 +70,12 @@ def run(dtype: str, rounds: int) -> None:
 def storages(dtype: torch.dtype) -> list[str]:
     """Those that can be measured here; native kernels on each instruction set once."""
     best, native = isa(), dict[str, None]()
-    for instructions in INSTRUCTIONS if best is not None else ():
-        if available(instructions):
-            native[storage_key("native", dtype)] = None
+    for name in INSTRUCTIONS[INSTRUCTIONS.index(best) :] if best is not None else ():
+        use_isa(name)
+        native[storage_key("native", dtype)] = None
     if best is not None:
         use_isa(best)
     return ["csr", "bsr", *native]
-
-
-def available(instructions: str) -> bool:
-    """Whether native kernels have an instruction set here, which they are then set to."""
-    try:
-        use_isa(instructions)
-    except ValueError:
-        return False
-    return True
 
 
 def compact(result: dict[str, Any]) -> str:
@@ -102,12 +93,12 @@ def measure(
     rounds: int,
 ) -> dict[str, Any]:
     """Time one case; returns medians with lower and upper quartiles, in milliseconds."""
-    (kind, _, instructions), best = storage.partition("-"), isa()
+    (kind, _, name), best = storage.partition("-"), isa()
     block = BLOCKS[kind]
     weight = random_weight(shape, density, block).to(dtype)
     bias = torch.zeros(shape[0], dtype=dtype)
-    if instructions:
-        use_isa(instructions)
+    if name:
+        use_isa(name)
     times = measure_storages(weight, bias, tokens, {kind: block}, rounds)
     if best is not None:
         use_isa(best)

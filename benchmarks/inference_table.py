@@ -75,7 +75,9 @@ def summary(results: Mapping[str, list[dict[str, Any]]]) -> str:
 
 def full_name(processor: str, line: dict[str, Any]) -> str:
     """A processor's name, and what tells it from others that have the same."""
-    return f"{line['environment']['processor']}, {processor.partition('-')[0]}"
+    environment = line["environment"]
+    kept = "kept to " if "kept_to" in environment else ""
+    return f"{environment['processor']}, {kept}{processor.partition('-')[0]}"
 
 
 def detail(found: dict[Cell, dict[float, dict[str, Any]]]) -> str:
@@ -209,8 +211,9 @@ def machine(lines: list[dict[str, Any]]) -> str:
     known = {f"{n} {found[n]}": None for n in names for found in every if found[n][0].isdigit()}
     rounds = sorted({line["rounds"] for line in lines})
     counts = str(rounds[0]) if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
+    limit = f", all kept to {every[0]['kept_to']}" if "kept_to" in every[0] else ""
     return (
-        f"On {every[0]['processor']} ({', '.join(every[0]['flags'])}), {', '.join(known)}; "
+        f"On {every[0]['processor']} ({', '.join(every[0]['flags'])}){limit}, {', '.join(known)}; "
         f"sequences of {lines[0]['shape']['sequence']} tokens, medians of {counts} interleaved "
         "rounds."
     )

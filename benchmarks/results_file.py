@@ -6,9 +6,10 @@ Holds no date, no host name and no path: the same run writes the same file but f
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,19 @@ from typing import Any
 import torch
 
 from mvpfx import break_even
+from mvpfx.kernels.library import use_isa
 
 FOLDER = Path(__file__).parent / "results"
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16")
 """Of a processor, those on which the speed of matmuls hangs."""
+AVX2_ONLY = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "NM_ARCH": "avx2",
+}
+"""Environment variables that keep torch, MKL, oneDNN and deepsparse to AVX2. With all of them set,
+a processor that has more stands for one that has not, and native kernels keep to AVX2, too."""
 PACKAGES = ("mvpfx", "torch", "transformers", "tokenizers", "numpy", "scikit-learn")
 
 
@@ -33,7 +43,24 @@ def environment(device: torch.device) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
+        **({"kept_to": "avx2"} if avx2_only(os.environ) else {}),
     }
+
+
+def avx2_only(variables: Mapping[str, str]) -> bool:
+    """Whether environment variables keep all to AVX2.
+
+    Raises:
+        ValueError: they keep some to it and not others, which cannot be compared then.
+    """
+    found = {name: variables[name] for name in AVX2_ONLY if name in variables}
+    if found and found != AVX2_ONLY:
+        wanted = " ".join(f"{name}={value}" for name, value in AVX2_ONLY.items())
+        raise ValueError(
+            f"the environment says {found}, which limits some of what is compared and not the "
+            f"rest. Set all ({wanted}) or none."
+        )
+    return bool(found)
 
 
 def installed(package: str) -> str:
@@ -55,7 +82,12 @@ def processor_kind() -> str:
     Two makers' processors with the same instructions are not the same to a benchmark.
     """
     maker = re.match("[a-z0-9]+", processor().lower())
-    return f"{break_even.processor()}-{maker.group() if maker else 'unknown'}"
+    return f"{instructions()}-{maker.group() if maker else 'unknown'}"
+
+
+def instructions() -> str:
+    """What products can use here, as `break_even.processor` says, or are kept to."""
+    return "avx2" if avx2_only(os.environ) else break_even.processor()
 
 
 def processor_flags() -> list[str]:
@@ -86,3 +118,7 @@ def read_all(folder: Path = FOLDER) -> list[dict[str, Any]]:
 def parts(table: Callable[[dict[str, Any]], str], results: list[dict[str, Any]]) -> str:
     """The table of each result below the other, or that there is none."""
     return "\n\n".join(map(table, results)) or "No result files yet."
+
+
+if avx2_only(os.environ):
+    use_isa("avx2")

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cpu_inference, engines, inference_cells, inference_models, results_file
+from benchmarks import cpu_inference, engines, inference_cells, inference_models
 from benchmarks.hybrid_latency import Shape
 from benchmarks.inference_cells import Cell
 from benchmarks.inference_models import MODELS, Model
+from benchmarks.results_file import AVX2_ONLY
 
 SHAPE = Shape(layers=2, hidden=64, heads=4, ffn=96, vocabulary=99, sequence=8, block=8)
 TINY = {"bert": Model(SHAPE), "llama": Model(SHAPE, decoder=True)}
@@ -208,6 +209,18 @@ def test_bad_words_are_refused(
     assert last == f"python -m benchmarks.cpu_inference: error: {message}"
 
 
+def test_engines_that_nothing_keeps_to_avx2_are_refused_beside_those_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in AVX2_ONLY.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        cpu_inference.parse(["--engines", "mvpfx", "openvino"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith("--engines openvino: nothing keeps them to AVX2; name others")
+    assert cpu_inference.parse(["--engines", "mvpfx"]).engines == ["mvpfx"]
+
+
 def test_each_number_of_threads_has_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
@@ -280,15 +293,3 @@ def test_blocks_that_do_not_tile_are_refused() -> None:
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         inference_models.zeroed(inference_models.build(model), model, "blocks", 0.5, (4, 5))
-
-
-@pytest.mark.parametrize(
-    ("name", "maker"),
-    [("AMD EPYC", "amd"), ("Intel(R) Xeon(R) Processor", "intel"), ("(unnamed)", "unknown")],
-)
-def test_processors_of_two_makers_have_files_of_their_own(
-    monkeypatch: pytest.MonkeyPatch, name: str, maker: str
-) -> None:
-    monkeypatch.setattr(results_file, "processor", lambda: name)
-    monkeypatch.setattr(results_file.break_even, "processor", lambda: "avx512_bf16")
-    assert results_file.processor_kind() == f"avx512_bf16-{maker}"

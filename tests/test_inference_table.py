@@ -77,6 +77,13 @@ def test_curves_begin_with_the_dense_model_and_are_in_order() -> None:
     assert found[known[0]][1.0] is found[known[2]][1.0]
 
 
+def test_a_processor_that_stands_for_another_says_so() -> None:
+    found = [one | {"environment": ENVIRONMENT | {"kept_to": "avx2"}} for one in lines()]
+    text = inference_table.table({"avx2-p": found})
+    assert text.startswith("### P, kept to avx2\n")
+    assert "\nOn P (avx512f, amx_bf16), all kept to avx2, torch 2, " in text
+
+
 def test_the_tables() -> None:
     text = inference_table.table({"amx": lines(), "none": []})
     assert text.splitlines()[:3] == [
