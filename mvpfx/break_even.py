@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from mvpfx.kernels.library import INSTRUCTIONS, isa
-from mvpfx.torch_private import has_amx
+from mvpfx.torch_private import has_amx, has_avx512_bf16
 
 Limits = dict[str, dict[str, dict[int, float]]]
 """Storage (native kernels by instruction set) -> size of the weight -> tokens -> density."""
@@ -129,8 +129,12 @@ LARGE_VALUES = 2**18
 
 
 def processor() -> str:
-    """What dense and sparse products on this CPU can use: "amx", or the best of `INSTRUCTIONS`."""
-    return "amx" if has_amx() else isa() or INSTRUCTIONS[-1]
+    """What dense products on this CPU can use, one of `INSTRUCTIONS`; native kernels may be faster
+    with others of it.
+    """
+    if has_amx():
+        return "amx"
+    return "avx512_bf16" if has_avx512_bf16() else isa() or INSTRUCTIONS[-1]
 
 
 def size_class(values: int) -> str:

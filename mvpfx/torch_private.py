@@ -50,7 +50,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     ),
     "torch._C._autograd": ("_top_saved_tensors_default_hooks", "_saved_tensors_hooks_is_enabled"),
     "torch._C._nn": ("linear",),
-    "torch.cpu": ("_is_amx_tile_supported",),
+    "torch.cpu": ("_is_amx_tile_supported", "_is_avx512_bf16_supported"),
     "torch._dispatch.python": ("enable_python_dispatcher",),
     "torch._dynamo.source": ("ConstantSource",),
     "torch._subclasses.fake_tensor": ("FakeTensor", "FakeTensorMode"),
@@ -97,6 +97,7 @@ set_grad_enabled = torch._C._set_grad_enabled
 linear = torch._C._nn.linear
 grouped_mm = torch._grouped_mm
 has_amx: Callable[[], bool] = torch.cpu._is_amx_tile_supported
+has_avx512_bf16: Callable[[], bool] = torch.cpu._is_avx512_bf16_supported
 canonical_mask: Callable[..., Tensor | None] = torch.nn.functional._canonical_mask
 none_or_dtype: Callable[[Tensor | None], torch.dtype | None] = torch.nn.functional._none_or_dtype
 
@@ -230,11 +231,8 @@ def print_expression(expression: Any) -> str:
 
 def autocast_state(device_types: tuple[str, ...]) -> tuple[Any, ...]:
     """(enabled, dtype) of autocast for each device type, to be compared."""
-    state: list[Any] = []
-    for kind in device_types:
-        enabled = torch.is_autocast_enabled(kind)
-        state.append((enabled, torch.get_autocast_dtype(kind) if enabled else None))
-    return tuple(state)
+    state = {kind: torch.is_autocast_enabled(kind) for kind in device_types}
+    return tuple((on, torch.get_autocast_dtype(kind) if on else None) for kind, on in state.items())
 
 
 def has_global_hooks() -> bool:

@@ -18,7 +18,7 @@ MISSING = "the native kernels were not built with this installation: it takes a 
 DTYPES = (torch.float32, torch.bfloat16)
 """What native kernels take."""
 INSTRUCTIONS = ("amx", "avx512_bf16", "avx512", "avx2", "plain")
-"""Instruction sets that kernels are compiled for, the fastest first."""
+"""Instruction sets that kernels are compiled for, each with what those after it have."""
 
 
 class CGeometry(ctypes.Structure):

@@ -12,7 +12,7 @@
 
 namespace {
 
-const Kernels* kernels = best();
+const Kernels* kernels = available().front();
 
 // Memory that a thread keeps for itself, in whole cache lines.
 class Scratch {
@@ -120,17 +120,7 @@ EXPORT const char* mvpfx_isa() { return kernels->name; }
 
 // Use another instruction set that this processor has; returns whether it does.
 EXPORT int mvpfx_use_isa(const char* name) {
-  std::vector<const Kernels*> known{&kPlain};
-#if defined(__x86_64__)
-  if (best() != &kPlain) known.push_back(&kAvx2);
-  const bool halves = best()->halves;
-  if (halves || best() == &kAvx512) known.push_back(&kAvx512);
-  if (halves) known.push_back(&kAvx512Bf16);
-#if defined(HAS_AMX_KERNELS)
-  if (best() == &kAmx) known.push_back(&kAmx);
-#endif
-#endif
-  for (const Kernels* one : known)
+  for (const Kernels* one : available())
     if (std::strcmp(one->name, name) == 0) {
       kernels = one;
       return 1;

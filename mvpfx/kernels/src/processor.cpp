@@ -1,5 +1,7 @@
 #include "processor.h"
 
+#include <utility>
+
 #if defined(HAS_AMX_KERNELS)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -19,18 +21,23 @@ bool amx_is_there() {
 }  // namespace
 #endif
 
-const Kernels* best() {
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    if (!__builtin_cpu_supports("avx512bf16")) return &kAvx512;
 #if defined(HAS_AMX_KERNELS)
-    if (amx_is_there()) return &kAmx;
+    if (__builtin_cpu_supports("avx512bf16") && amx_is_there()) found.push_back(&kAmx);
 #endif
-    return &kAvx512Bf16;
+    if (__builtin_cpu_supports("avx512bf16")) found.push_back(&kAvx512Bf16);
+    found.push_back(&kAvx512);
+    // For pairs of bfloat16 Intel's vectors take four times as long as for floats, so that even weights
+    // without zeros gain nothing by them; AMD's take as long.
+    if (found.front() == &kAvx512Bf16 && __builtin_cpu_is("intel")) std::swap(found[0], found[1]);
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kAvx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kAvx2);
 #endif
-  return &kPlain;
+  found.push_back(&kPlain);
+  return found;
 }

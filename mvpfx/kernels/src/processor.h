@@ -1,7 +1,9 @@
 // What the processor can do.
 #pragma once
 
+#include <vector>
+
 #include "table.h"
 
-// The kernels of its best instruction set.
-const Kernels* best();
+// The kernels that it has instructions for, the fastest first.
+std::vector<const Kernels*> available();
