@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from benchmarks.break_even import RESULTS, table
+from benchmarks.results_file import processor, processor_flags
 from mvpfx import break_even as module
 from mvpfx.break_even import BREAK_EVEN, ELSEWHERE, break_even, storage_key
 from mvpfx.kernels.library import LIBRARY, MISSING, isa, use_isa
@@ -62,3 +63,34 @@ def test_native_kernels_are_known_by_their_instructions() -> None:
     if best == "avx512_bf16":  # products of float32 are those of avx512
         assert storage_key("native", torch.float32) == "native-avx512"
         assert storage_key("native", torch.bfloat16) == "native-avx512_bf16"
+
+
+@pytest.mark.skipif(LIBRARY is None, reason=MISSING)
+def test_pairs_of_bfloat16_are_for_processors_that_are_fast_at_them() -> None:
+    """Intel's vectors are not, so that those of floats come first."""
+    flags = processor_flags()
+    if "avx512_bf16" not in flags or "amx_bf16" in flags:
+        pytest.skip("nothing multiplies pairs of bfloat16 here, or a matrix unit does")
+    assert isa() == ("avx512" if "intel" in processor().lower() else "avx512_bf16")
+
+
+@pytest.mark.parametrize(
+    ("has_amx", "has_bf16", "kernels", "wanted"),
+    [
+        (True, True, "amx", "amx"),
+        (False, True, "avx512", "avx512_bf16"),  # what Intel's are: dense products are torch's
+        (False, False, "avx2", "avx2"),
+        (False, False, None, "plain"),
+    ],
+)
+def test_tables_go_by_what_dense_products_can_use(
+    has_amx: bool,
+    has_bf16: bool,
+    kernels: str | None,
+    wanted: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "has_amx", lambda: has_amx)
+    monkeypatch.setattr(module, "has_avx512_bf16", lambda: has_bf16)
+    monkeypatch.setattr(module, "isa", lambda: kernels)
+    assert module.processor() == wanted
