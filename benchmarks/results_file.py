@@ -26,10 +26,9 @@ AVX2_ONLY = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "NM_ARCH": "avx2",
 }
-"""Environment variables that keep torch, MKL, oneDNN and deepsparse to AVX2. With all of them set,
-a processor that has more stands for one that has not, and native kernels keep to AVX2, too."""
+"""Environment variables that keep torch, MKL and oneDNN to AVX2. With all of them set, a processor
+that has more stands for one that has not, and native kernels keep to AVX2, too."""
 PACKAGES = ("mvpfx", "torch", "transformers", "tokenizers", "numpy", "scikit-learn")
 
 

@@ -115,10 +115,47 @@ BREAK_EVEN: dict[str, Limits] = {
             "large": {1: 0.07, 16: 0.07, 128: 0.06, 1024: 0.04},
         },
     },
+    "avx2-float32": {
+        "csr": {
+            "small": {1: 0.0, 16: 0.18, 128: 0.3, 1024: 0.3},
+            "large": {1: 0.06, 16: 0.36, 128: 0.33, 1024: 0.32},
+        },
+        "bsr": {
+            "small": {1: 0.0, 16: 0.06, 128: 0.17, 1024: 0.18},
+            "large": {1: 0.11, 16: 0.14, 128: 0.22, 1024: 0.21},
+        },
+        "native-avx2": {
+            "small": {1: 0.0, 16: 0.3, 128: 0.5, 1024: 0.5},
+            "large": {1: 0.04, 16: 0.4, 128: 0.5, 1024: 0.5},
+        },
+        "native-plain": {
+            "small": {1: 0.0, 16: 0.22, 128: 0.21, 1024: 0.22},
+            "large": {1: 0.02, 16: 0.35, 128: 0.25, 1024: 0.25},
+        },
+    },
+    "avx2-bfloat16": {
+        "csr": {
+            "small": {1: 0.0, 16: 0.5, 128: 0.5, 1024: 0.5},
+            "large": {1: 0.05, 16: 0.5, 128: 0.5, 1024: 0.5},
+        },
+        "bsr": {
+            "small": {1: 0.0, 16: 0.5, 128: 0.5, 1024: 0.5},
+            "large": {1: 0.08, 16: 0.5, 128: 0.5, 1024: 0.5},
+        },
+        "native-avx2": {
+            "small": {1: 0.0, 16: 0.5, 128: 0.5, 1024: 0.5},
+            "large": {1: 0.05, 16: 0.5, 128: 0.5, 1024: 0.5},
+        },
+        "native-plain": {
+            "small": {1: 0.0, 16: 0.5, 128: 0.5, 1024: 0.5},
+            "large": {1: 0.05, 16: 0.5, 128: 0.5, 1024: 0.5},
+        },
+    },
 }
 """Processor and dtype -> density below which each storage took less than `MARGIN` of the dense
 time, transposes at both edges included. Measured by `benchmarks/break_even.py` on one thread;
-`benchmarks/results/break_even/` holds the measurements behind it."""
+`benchmarks/results/break_even/` holds the measurements behind it; those of "avx2" are of a
+processor that has more, and was kept to AVX2."""
 
 ELSEWHERE = "amx"
 """Whose tables serve processors that have none: dense products are faster nowhere, so what they

@@ -217,7 +217,7 @@ def test_engines_that_nothing_keeps_to_avx2_are_refused_beside_those_kept(
     with pytest.raises(SystemExit):
         cpu_inference.parse(["--engines", "mvpfx", "openvino"])
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.endswith("--engines openvino: nothing keeps them to AVX2; name others")
+    assert last.endswith("--engines openvino: nothing keeps them to AVX2; name torch mvpfx")
     assert cpu_inference.parse(["--engines", "mvpfx"]).engines == ["mvpfx"]
 
 
