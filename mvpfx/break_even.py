@@ -116,14 +116,6 @@ BREAK_EVEN: dict[str, Limits] = {
         },
     },
     "avx2-float32": {
-        "csr": {
-            "small": {1: 0.0, 16: 0.18, 128: 0.3, 1024: 0.3},
-            "large": {1: 0.06, 16: 0.36, 128: 0.33, 1024: 0.32},
-        },
-        "bsr": {
-            "small": {1: 0.0, 16: 0.06, 128: 0.17, 1024: 0.18},
-            "large": {1: 0.11, 16: 0.14, 128: 0.22, 1024: 0.21},
-        },
         "native-avx2": {
             "small": {1: 0.0, 16: 0.3, 128: 0.5, 1024: 0.5},
             "large": {1: 0.04, 16: 0.4, 128: 0.5, 1024: 0.5},
@@ -134,14 +126,6 @@ BREAK_EVEN: dict[str, Limits] = {
         },
     },
     "avx2-bfloat16": {
-        "csr": {
-            "small": {1: 0.0, 16: 0.5, 128: 0.5, 1024: 0.5},
-            "large": {1: 0.05, 16: 0.5, 128: 0.5, 1024: 0.5},
-        },
-        "bsr": {
-            "small": {1: 0.0, 16: 0.5, 128: 0.5, 1024: 0.5},
-            "large": {1: 0.08, 16: 0.5, 128: 0.5, 1024: 0.5},
-        },
         "native-avx2": {
             "small": {1: 0.0, 16: 0.5, 128: 0.5, 1024: 0.5},
             "large": {1: 0.05, 16: 0.5, 128: 0.5, 1024: 0.5},
@@ -155,20 +139,18 @@ BREAK_EVEN: dict[str, Limits] = {
 """Processor and dtype -> density below which each storage took less than `MARGIN` of the dense
 time, transposes at both edges included. Measured by `benchmarks/break_even.py` on one thread;
 `benchmarks/results/break_even/` holds the measurements behind it; those of "avx2" are of a
-processor that has more, and was kept to AVX2."""
+processor that has more, and was kept to AVX2: native kernels alone."""
 
 ELSEWHERE = "amx"
-"""Whose tables serve processors that have none: dense products are faster nowhere, so what they
-promise holds elsewhere too."""
+"""Whose tables serve where a processor has none of a storage: dense products are faster nowhere, so
+what they promise holds elsewhere too."""
 
 LARGE_VALUES = 2**18
 """A weight of at least so many values is large: what a call costs besides counts for little."""
 
 
 def processor() -> str:
-    """What dense products on this CPU can use, one of `INSTRUCTIONS`; native kernels may be faster
-    with others of it.
-    """
+    """What dense products on this CPU can use, one of `INSTRUCTIONS`; native kernels use `isa`."""
     if has_amx():
         return "amx"
     return "avx512_bf16" if has_avx512_bf16() else isa() or INSTRUCTIONS[-1]
@@ -209,10 +191,10 @@ def break_even(storage: str, tokens: int, values: int, device: str, dtype: torch
     """
     if device != "cpu":
         return 0.0
-    name = str(dtype).removeprefix("torch.")
-    measured = BREAK_EVEN.get(f"{processor()}-{name}", BREAK_EVEN.get(f"{ELSEWHERE}-{name}", {}))
-    sizes = measured.get(storage_key(storage, dtype))
-    if not sizes:
+    name, key = str(dtype).removeprefix("torch."), storage_key(storage, dtype)
+    tables = (BREAK_EVEN.get(f"{found}-{name}", {}) for found in (processor(), ELSEWHERE))
+    sizes = next((measured[key] for measured in tables if key in measured), None)
+    if sizes is None:
         return 0.0
     table = sizes[size_class(values)]
     below = max((t for t in table if t <= tokens), default=min(table))

@@ -44,6 +44,19 @@ def test_limits_between_and_beside_what_was_measured(
     assert break_even("csr", 9999, 2**20, "cpu", torch.float32) == limits[1024]
 
 
+def test_a_storage_without_an_entry_takes_the_one_of_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "processor", lambda: "avx2")
+    monkeypatch.setattr(module, "isa", lambda: "avx2")
+    own, others = BREAK_EVEN["avx2-float32"], BREAK_EVEN[f"{ELSEWHERE}-float32"]
+    assert "csr" not in own
+    assert break_even("csr", 128, 2**20, "cpu", torch.float32) == others["csr"]["large"][128]
+    limit = own["native-avx2"]["large"][128]
+    assert break_even("native", 128, 2**20, "cpu", torch.float32) == limit
+    assert limit > others["native-avx2"]["large"][128]
+
+
 def test_break_even_is_zero_where_nothing_was_measured() -> None:
     assert break_even("csr", 128, 2**20, "cpu", torch.float16) == 0.0
     assert break_even("csr", 128, 2**20, "cuda", torch.float32) == 0.0
