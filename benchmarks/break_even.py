@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 from itertools import pairwise, product
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.results_file import FOLDER, avx2_only, environment, instructions
+from benchmarks.results_file import FOLDER, KEPT_TO, environment, instructions
 from mvpfx.break_even import size_class, storage_key
 from mvpfx.cost import MARGIN, Quartiles, measure_storages
 from mvpfx.kernels.library import INSTRUCTIONS, isa, use_isa
@@ -75,12 +74,22 @@ def storages(dtype: torch.dtype) -> list[str]:
     all, as it can with kernels of our own.
     """
     best, native = isa(), dict[str, None]()
-    for name in INSTRUCTIONS[INSTRUCTIONS.index(best) :] if best is not None else ():
-        use_isa(name)
-        native[storage_key("native", dtype)] = None
+    allowed = INSTRUCTIONS[INSTRUCTIONS.index(instructions()) :]
+    for name in allowed if best is not None else ():
+        if available(name):
+            native[storage_key("native", dtype)] = None
     if best is not None:
         use_isa(best)
-    return [*native] if avx2_only(os.environ) else ["csr", "bsr", *native]
+    return [*native] if KEPT_TO else ["csr", "bsr", *native]
+
+
+def available(name: str) -> bool:
+    """Whether native kernels have an instruction set here, which they are then set to."""
+    try:
+        use_isa(name)
+    except ValueError:
+        return False
+    return True
 
 
 def compact(result: dict[str, Any]) -> str:

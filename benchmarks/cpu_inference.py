@@ -257,12 +257,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--density {options.density}: a fraction kept, above 0 and at most 1")
     if options.rounds < 2:
         parser.error(f"--rounds {options.rounds}: at least 2 are needed for quartiles")
-    python: Path | None = options.deepsparse_python
     peers = [name for name in options.engines if name not in engines.OWN]
-    if peers and results_file.avx2_only(os.environ):
+    if peers and results_file.KEPT_TO:
         # deepsparse has NM_ARCH, with which it still writes machine code for AVX-512.
         own = " ".join(engines.OWN)
         parser.error(f"--engines {' '.join(peers)}: nothing keeps them to AVX2; name {own}")
+    python: Path | None = options.deepsparse_python
     if python is not None and not python.is_file():
         parser.error(f"--deepsparse-python {python}: there is no such file; give a python")
     return options

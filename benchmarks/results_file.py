@@ -42,7 +42,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        **({"kept_to": "avx2"} if avx2_only(os.environ) else {}),
+        **({"kept_to": KEPT_TO} if KEPT_TO else {}),
     }
 
 
@@ -86,7 +86,7 @@ def processor_kind() -> str:
 
 def instructions() -> str:
     """What products can use here, as `break_even.processor` says, or are kept to."""
-    return "avx2" if avx2_only(os.environ) else break_even.processor()
+    return KEPT_TO or break_even.processor()
 
 
 def processor_flags() -> list[str]:
@@ -119,5 +119,7 @@ def parts(table: Callable[[dict[str, Any]], str], results: list[dict[str, Any]])
     return "\n\n".join(map(table, results)) or "No result files yet."
 
 
-if avx2_only(os.environ):
-    use_isa("avx2")
+KEPT_TO = "avx2" if avx2_only(os.environ) else None
+"""Instructions that this process keeps to though the processor may have more; else None."""
+if KEPT_TO:
+    use_isa(KEPT_TO)

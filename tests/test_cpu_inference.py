@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cpu_inference, engines, inference_cells, inference_models
+from benchmarks import cpu_inference, engines, inference_cells, inference_models, results_file
 from benchmarks.hybrid_latency import Shape
 from benchmarks.inference_cells import Cell
 from benchmarks.inference_models import MODELS, Model
-from benchmarks.results_file import AVX2_ONLY
 
 SHAPE = Shape(layers=2, hidden=64, heads=4, ffn=96, vocabulary=99, sequence=8, block=8)
 TINY = {"bert": Model(SHAPE), "llama": Model(SHAPE, decoder=True)}
@@ -212,8 +211,7 @@ def test_bad_words_are_refused(
 def test_engines_that_nothing_keeps_to_avx2_are_refused_beside_those_kept(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in AVX2_ONLY.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(results_file, "KEPT_TO", "avx2")
     with pytest.raises(SystemExit):
         cpu_inference.parse(["--engines", "mvpfx", "openvino"])
     last = capsys.readouterr().err.splitlines()[-1]

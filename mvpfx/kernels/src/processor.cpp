@@ -1,7 +1,5 @@
 #include "processor.h"
 
-#include <utility>
-
 #if defined(HAS_AMX_KERNELS)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -27,14 +25,16 @@ std::vector<const Kernels*> available() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    const bool pairs = __builtin_cpu_supports("avx512bf16");
 #if defined(HAS_AMX_KERNELS)
-    if (__builtin_cpu_supports("avx512bf16") && amx_is_there()) found.push_back(&kAmx);
+    if (pairs && amx_is_there()) found.push_back(&kAmx);
 #endif
-    if (__builtin_cpu_supports("avx512bf16")) found.push_back(&kAvx512Bf16);
-    found.push_back(&kAvx512);
     // For pairs of bfloat16 Intel's vectors take four times as long as for floats, so that even weights
     // without zeros gain nothing by them; AMD's take as long.
-    if (found.front() == &kAvx512Bf16 && __builtin_cpu_is("intel")) std::swap(found[0], found[1]);
+    const bool slow_pairs = __builtin_cpu_is("intel");
+    if (pairs && !slow_pairs) found.push_back(&kAvx512Bf16);
+    found.push_back(&kAvx512);
+    if (pairs && slow_pairs) found.push_back(&kAvx512Bf16);
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kAvx2);
 #endif
