@@ -161,12 +161,12 @@ def replacing(folder: Path) -> Generator[Path]:
 
 def staging(folder: Path) -> Path:
     """Where `folder` is written before it is renamed; no checkpoint, whatever it holds."""
-    return folder.with_name(f".{folder.name}.saving")
+    return _sibling(folder, "saving")
 
 
 def take_place(staged: Path, folder: Path) -> None:
     """Rename `staged` to `folder`, and delete what was there."""
-    replaced = _replaced(folder)
+    folder, replaced = _whole(folder), _replaced(folder)
     if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(folder, replaced)
@@ -190,7 +190,17 @@ def place_of(folder: Path) -> Path:
 
 
 def _replaced(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.replaced")
+    return _sibling(folder, "replaced")
+
+
+def _sibling(folder: Path, ending: str) -> Path:
+    whole = _whole(folder)
+    return whole.with_name(f".{whole.name}.{ending}")
+
+
+def _whole(folder: Path) -> Path:
+    """The path with a name of its own, also where "." was given; links are not followed."""
+    return Path(os.path.abspath(folder))
 
 
 def _file_names(folder: Path, patterns: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mvpfx.blueprint import Blueprint, class_before, describe, fill, make_skeleton
-from mvpfx.manifest import digest_of, flush, measured, replacing
+from mvpfx.manifest import digest_of, flush, measured, replacing, settled
 from mvpfx.packing import (
     VALUES,
     is_worth_it,
@@ -46,7 +46,8 @@ def save(model: nn.Module, folder: str | Path, *, values: str = "exact") -> Path
     """Save a converted model; all of it is there, or nothing is.
 
     Weights with many zeros take one byte a nonzero besides its value, whatever their storage in
-    memory. What `folder` held before is replaced.
+    memory. What `folder` held before is replaced; a process that is killed while saving leaves the
+    old model or the new one, and `load` finds either.
 
     Args:
         model: what `convert` returned, fine-tuned since or not.
@@ -92,7 +93,7 @@ def save(model: nn.Module, folder: str | Path, *, values: str = "exact") -> Path
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The model of a folder, as modules; `mvpfx.load` has it run as chains, and says the rest."""
-    folder = Path(folder)
+    folder = settled(Path(folder))
     try:
         body = _read(folder)
         blueprint = Blueprint(**body["blueprint"])
