@@ -159,6 +159,9 @@ class SymbolicShapes:
     def __init__(self) -> None:
         self.environment = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.environment, allow_non_fake_inputs=True)
+        # A cached answer is keyed by all symbolic sizes, and making the key takes longer than the
+        # fake kernel does. It would also outlive the recording.
+        self.mode.cache_enabled = False
         self._inputs = 0
         self._numbers = 0
 
