@@ -92,7 +92,8 @@ def prepare(raw: nn.Module, batch: Batch, **options: Any) -> nn.Module:
     prepared = mvpfx.prepare(copy.deepcopy(raw), config, example_inputs=batch)
     generator = torch.Generator().manual_seed(1)
     for mask in masks(prepared).values():
-        assert mask.scores is not None
+        if mask.scores is None:  # it follows the scores of another weight
+            continue
         with torch.no_grad():
             mask.scores.copy_(torch.rand(mask.scores.shape, generator=generator))
     return prepared
