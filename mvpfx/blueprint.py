@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from mvpfx.native_linear import NativeLinear
 from mvpfx.recurrent import refresh_flat_weights
 from mvpfx.reduced_attention import ReducedAttention
-from mvpfx.sparse_matmul import block_of
-from mvpfx.storage import INDEX_DTYPE, Layout, SparseLinear
+from mvpfx.sparse_matmul import block_of, check_indices
+from mvpfx.storage import Layout, SparseLinear
 from mvpfx.swap import original_class
 from mvpfx.transformers_types import is_conv1d, is_pretrained
 
@@ -237,7 +237,10 @@ def _put_sparse(
         raise ValueError(f"the sparse layer {name} lacks {error}") from None
     if layout not in Layout.__args__ or set(tensors) - {"bias"}:
         raise ValueError(f"the sparse layer {name} has layout {layout!r} and also {list(tensors)}")
-    check_indices(name, crow, col, rows, columns // block_of(values))
+    try:
+        check_indices(crow, col, rows // block_of(values), columns // block_of(values))
+    except ValueError as error:
+        raise ValueError(f"of {name}, {error}") from None
     layer = SparseLinear(columns, rows, crow, col, values, tensors.get("bias"), layout)
     _replace(model, name, layer)
 
@@ -255,22 +258,6 @@ def _put_native(model: nn.Module, name: str, blueprint: Blueprint, bias: bool) -
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     owner, _, leaf = name.rpartition(".")
     model.get_submodule(owner)._modules[leaf] = layer
-
-
-def check_indices(name: str, crow: Tensor, col: Tensor, rows: int, columns: int) -> None:
-    """Check that indices of a sparse matrix stay within it, since kernels do not.
-
-    Raises:
-        ValueError: they do not.
-    """
-    for indices in (crow, col):
-        if indices.dim() != 1 or indices.dtype != INDEX_DTYPE:
-            raise ValueError(f"the indices of {name} are {indices.dtype} {list(indices.shape)}")
-    rising = bool((crow.diff() >= 0).all()) and len(crow) > 0
-    if not rising or int(crow[0]) != 0 or int(crow[-1]) != len(col):
-        raise ValueError(f"the row pointers of {name} do not divide its {len(col)} indices")
-    if len(col) and (int(col.min()) < 0 or int(col.max()) >= columns):
-        raise ValueError(f"a column index of {name} is out of its {columns} columns ({rows} rows)")
 
 
 def _set_sizes(module: nn.Module, name: str, sizes: Mapping[str, int]) -> None:

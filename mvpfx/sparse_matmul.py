@@ -22,11 +22,59 @@ BLOCKS_SERVE = torch.backends.mkl.is_available()
 TILE = 128
 """Tokens that are multiplied at once on a CPU, where there are more than twice as many."""
 OPERATOR = "mvpfx::sparse_linear"
+INDEX_DTYPE = torch.int32
+"""MKL converts 64-bit indices in every call."""
 
 
 def block_of(values: Tensor) -> int:
     """The block size of a matrix with these values; 1 for CSR."""
     return values.shape[-1] if values.dim() == 3 else 1
+
+
+def check_sizes(crow: Tensor, col: Tensor, values: Tensor, bias: Tensor | None, rows: int) -> None:
+    """Make sure that the tensors of a matrix are as long as one another and `rows` need: kernels do
+    not look.
+
+    Raises:
+        ValueError: they are not.
+    """
+    block = block_of(values)
+    if len(crow) * block != rows + block or len(values) != len(col):
+        raise ValueError(
+            f"a sparse weight of {rows} rows has {len(crow)} row starts, {len(col)} column indices "
+            f"and values of {list(values.shape)}. Needed: {rows // block + 1} row starts, and one "
+            "column index for each value or block."
+        )
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise ValueError(
+            f"a sparse layer of {rows} output features has a bias of {list(bias.shape)}. "
+            f"Assign one of [{rows}], or None."
+        )
+
+
+def check_indices(crow: Tensor, col: Tensor, rows: int, columns: int) -> None:
+    """Make sure that indices stay within a matrix of `rows` x `columns` values or blocks, and name
+    no place twice: kernels do not look.
+
+    Raises:
+        ValueError: they do not.
+    """
+    for indices in (crow, col):
+        if indices.dim() != 1 or indices.dtype != INDEX_DTYPE:
+            raise ValueError(f"the indices are {indices.dtype} {list(indices.shape)}")
+    rising = len(crow) == rows + 1 and bool((crow.diff() >= 0).all())
+    if not rising or int(crow[0]) != 0 or int(crow[-1]) != len(col):
+        raise ValueError(f"the row starts do not divide its {len(col)} indices into {rows} rows")
+    if not len(col):
+        return
+    if int(col.min()) < 0 or int(col.max()) >= columns:
+        raise ValueError(f"a column index is out of its {columns} columns ({rows} rows)")
+    row = torch.arange(rows).repeat_interleave(crow.diff().long())
+    places = row * columns + col
+    if not bool((places.diff() > 0).all()):  # out of order is fine
+        places = places.sort().values
+        if not bool((places.diff() > 0).all()):
+            raise ValueError("a column index stands twice in its row")
 
 
 def multiply(
@@ -37,6 +85,7 @@ def multiply(
     The sparse tensor is put together anew in each call (4 microseconds), so nothing can be stale
     after `.to()`, `load_state_dict`, `deepcopy` or an optimizer step.
     """
+    check_sizes(crow, col, values, bias, rows)
     dtype = x_t.dtype
     if x_t.shape[1] == 0 or values.numel() == 0:
         out = x_t.new_zeros(rows, x_t.shape[1])

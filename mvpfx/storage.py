@@ -19,11 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvpfx.kernels import operators
-from mvpfx.sparse_matmul import TILE, block_of, multiply, multiply_tiled, to_dense, transposes
+from mvpfx.sparse_matmul import (
+    INDEX_DTYPE,
+    TILE,
+    block_of,
+    check_indices,
+    multiply,
+    multiply_tiled,
+    to_dense,
+    transposes,
+)
 
 Layout = Literal["feature_major", "token_major", "tiled"]
-INDEX_DTYPE = torch.int32
-"""MKL converts 64-bit indices in every call."""
 BLOCKS = (32, 16, 8, 4)
 """Block sizes of BSR, preferred first."""
 
@@ -168,6 +175,29 @@ class SparseLinear(nn.Module):
             f"bias={self.bias is not None}, storage={self.storage}, block={self.block}, "
             f"nonzero={self.values.numel()}, output_layout={self.output_layout}"
         )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load as every module does, but no indices that lead out of the matrix."""
+        given = [state_dict.get(f"{prefix}{name}") for name in ("crow_indices", "col_indices")]
+        own = (self.crow_indices, self.col_indices)
+        crow, col = (held if new is None else new for new, held in zip(given, own, strict=True))
+        if crow.shape == own[0].shape and col.shape == own[1].shape and not crow.is_meta:
+            try:
+                check_indices(crow, col, len(crow) - 1, self.in_features // self.block)
+            except ValueError as error:
+                error_msgs.append(f"of the sparse layer {prefix.rstrip('.')}, {error}.")
+                return
+        names = (missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *names)
 
     def _compute(self, x: Tensor) -> Tensor:
         *front, features = x.shape

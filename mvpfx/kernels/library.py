@@ -31,9 +31,10 @@ class CSlice(ctypes.Structure):
     """Features from `first` on, of tiled activations; `stride` floats from tile to tile.
 
     Where the stride is 0 they lie in memory of the tile's own, where it is negative there are none.
+    `size` is how many floats there are at `data`.
     """
 
-    _fields_ = (("data", c_void_p), ("stride", c_int64), ("first", c_int64))
+    _fields_ = (("data", c_void_p), ("stride", c_int64), ("first", c_int64), ("size", c_int64))
 
 
 class CEpilogue(ctypes.Structure):
@@ -48,7 +49,11 @@ class CEpilogue(ctypes.Structure):
 
 
 class CStep(ctypes.Structure):
-    """One step of a chain; `kind` says which members count."""
+    """One step of a chain; `kind` says which members count.
+
+    `bias_count` is that of the norm's bias or of the epilogue's, `tensor_count` how many numbers
+    there are from the tensor's first to its last in memory.
+    """
 
     _fields_ = (
         ("kind", c_int32),
@@ -68,6 +73,9 @@ class CStep(ctypes.Structure):
         ("heads", c_int64),
         ("groups", c_int64),
         ("mask_strides", c_int64 * 4),
+        ("weight_count", c_int64),
+        ("bias_count", c_int64),
+        ("tensor_count", c_int64),
     )
 
 
@@ -76,13 +84,16 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "mvpfx_use_isa": (c_int, (c_char_p,)),
     "mvpfx_tile": (c_int64, ()),
     "mvpfx_halves": (c_int, ()),
-    "mvpfx_pack": (c_void_p, (c_int64, c_int64, c_int64, c_int, c_void_p, c_void_p, c_void_p)),
+    "mvpfx_pack": (
+        c_char_p,
+        (*[c_int64] * 3, c_int, *[c_void_p, c_int64] * 3, POINTER(c_void_p)),
+    ),
     "mvpfx_free": (None, (c_void_p,)),
-    "mvpfx_run": (c_int, (POINTER(CGeometry), POINTER(CStep), c_int, c_int64, c_int)),
+    "mvpfx_run": (c_char_p, (POINTER(CGeometry), POINTER(CStep), c_int, c_int64, c_int)),
 }
 
 
-INTERFACE = Interface(_FUNCTIONS, "mvpfx_interface", version=4)
+INTERFACE = Interface(_FUNCTIONS, "mvpfx_interface", version=5)
 
 
 def no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:

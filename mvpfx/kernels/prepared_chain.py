@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from ctypes import byref, c_int64
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from mvpfx.kernels.library import DTYPES, LIBRARY, CSlice, CStep, isa, tile_tokens
 from mvpfx.kernels.step import Part, Step
 from mvpfx.kernels.tiles import Tiles, geometry_of, padded_tokens, workspace
-from mvpfx.kernels.weight import PackedWeight, Watch, values_of
+from mvpfx.kernels.weight import PackedWeight, Watch, check_memory, values_of
 
 if TYPE_CHECKING:
     from mvpfx.kernels.chain import Chain
@@ -35,7 +35,7 @@ ACTIVATIONS = {
 """Name -> the library's number."""
 _KINDS = ("enter", "leave", "multiply", "normalize", "combine", "attend", "rotate")
 """In the order of the library's numbers."""
-_NOTHING = CSlice(None, -1, 0)
+_NOTHING = CSlice(None, -1, 0, 0)
 
 
 class PreparedChain:
@@ -110,19 +110,28 @@ class PreparedChain:
         left: list[Tensor] = []
         for call, width in self._leaving:
             out = torch.empty(*self.front, width, dtype=self.dtype)
-            call.tensor = out.data_ptr()
+            call.tensor, call.tensor_count = out.data_ptr(), out.numel()
             left.append(out)
         assert LIBRARY is not None, "whoever makes chains has looked for the library"
         threads = torch.get_num_threads()
-        if not LIBRARY.mvpfx_run(
+        wrong = LIBRARY.mvpfx_run(
             byref(self.geometry), self._calls, len(self._calls), self._scratch, threads
-        ):
+        )
+        if wrong is not None:
+            self._refuse(wrong.decode())
+        del entered, masks  # which had to live until now
+        return (*self._results, *left)
+
+    def _refuse(self, wrong: str) -> NoReturn:
+        if self.geometry.tile != tile_tokens():
             raise RuntimeError(
                 f"activations came in tiles of {self.geometry.tile} tokens, which is not what "
                 f"{isa()} computes in. Choose the instruction set before the model is called."
             )
-        del entered, masks  # which had to live until now
-        return (*self._results, *left)
+        raise ValueError(
+            f"{self._chain} cannot run on activations {list(self.front)}: {wrong}. A weight, a "
+            "bias or a norm's weight does not have the size of its layer: assign one that has."
+        )
 
     def _values(self, arguments: Sequence[Any]) -> dict[int, Tiles]:
         """The values that lie outside of the tiles' own memory."""
@@ -152,7 +161,9 @@ class PreparedChain:
         call.epilogue.addend = self._slice(step.addend)
         if packed is not None:
             call.packed = packed.handle
-            call.epilogue.bias = None if packed.bias is None else packed.bias.data_ptr()
+            if packed.bias is not None:
+                call.epilogue.bias = packed.bias.data_ptr()
+                call.bias_count = packed.bias.numel()
         elif step.kind == "attend":
             assert step.out is not None, "an attention makes something"
             call.flag = step.causal + 2 * (self.dtype is torch.bfloat16)
@@ -176,11 +187,13 @@ class PreparedChain:
         for name, source in zip(("weight", "bias"), step.sources, strict=True):
             given = arguments[source] if source >= 0 else None
             if given is not None:
+                check_memory(given)
                 tensor = given.detach().float().contiguous()
                 if name == "weight" and step.shift:
                     tensor = tensor + step.shift
                 self._alive.append(tensor)
                 setattr(call, name, tensor.data_ptr())
+                setattr(call, f"{name}_count", tensor.numel())
 
     def _slice(self, part: Part | None) -> CSlice:
         if part is None:
@@ -188,19 +201,27 @@ class PreparedChain:
         offset = self._chain.places[part.value].offset
         if offset is not None:
             # A feature takes as many floats in the tile's own memory as it does elsewhere.
-            return CSlice(None, 0, offset + part.first)
+            return CSlice(None, 0, offset + part.first, 0)
         return self._held[part.value].part(part.first, part.width).slice()
 
     def _enter(self, call: CStep, x: Tensor) -> Tensor:
         """Point a step at the tensor that enters; returned, for it has to live on."""
-        sequences = self.geometry.sequences
+        sequences, tokens = self.geometry.sequences, self.geometry.tokens
+        if x.shape[-1] != call.features or x.dtype is not self.dtype:
+            raise ValueError(
+                f"a chain of {call.features} features in {self.dtype} met {x.shape[-1]} in "
+                f"{x.dtype}"
+            )
         if x.dim() == 3 and x.shape[0] == 1 < sequences:  # beside the others
             x = x.expand(sequences, -1, -1)
         if x.dim() != 3 or x.stride(2) != 1:
-            x = x.reshape(sequences, self.geometry.tokens, x.shape[-1])
+            x = x.reshape(sequences, tokens, x.shape[-1])
             x = x if x.stride(2) == 1 else x.contiguous()
         call.tensor = x.data_ptr()
         call.sequence_stride, call.token_stride, _ = x.stride()
+        rows, columns, features = x.shape
+        last = (rows - 1) * call.sequence_stride + (columns - 1) * call.token_stride
+        call.tensor_count = last + features if rows and columns else 0
         return x
 
     def _mask(
@@ -219,3 +240,5 @@ class PreparedChain:
             known[key] = mask, (c_int64 * 4)(*mask.stride())
         added, call.mask_strides = known[key]
         call.tensor = added.data_ptr()
+        extent = [(n - 1) * s for n, s in zip(added.shape, added.stride(), strict=True)]
+        call.tensor_count = sum(extent) + 1

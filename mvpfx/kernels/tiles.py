@@ -49,7 +49,8 @@ class Tiles:
 
     def slice(self) -> CSlice:
         """As the library takes them."""
-        return CSlice(self.data.data_ptr(), self.features * self.geometry.tile, self.first)
+        stride = self.features * self.geometry.tile
+        return CSlice(self.data.data_ptr(), stride, self.first, self.data.numel())
 
 
 def geometry_of(x: Tensor) -> CGeometry:

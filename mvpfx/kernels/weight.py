@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from ctypes import byref, c_void_p
 from dataclasses import dataclass
 from operator import is_
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from mvpfx.kernels.library import LIBRARY, tile_tokens
 from mvpfx.native_linear import NativeLinear
-from mvpfx.sparse_matmul import block_of, to_dense
+from mvpfx.sparse_matmul import block_of, check_sizes, to_dense
 
 
 class Matrix(Protocol):
@@ -50,6 +51,9 @@ class PackedWeight:
         rows: of all weights together.
         tile: tokens of the tiles that it is packed for.
         bias: `[rows]` float32, or None where no weight has one.
+
+    Raises:
+        ValueError: a tensor does not have the size that its layer has, or an index is outside.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
@@ -61,10 +65,17 @@ class PackedWeight:
         columns = matrices[0].in_features
         halves = values_of(layers[0]).dtype is torch.bfloat16 and found.mvpfx_halves()
         self.tile: int = found.mvpfx_tile()
-        pointers = (crow.data_ptr(), col.data_ptr(), values.data_ptr())
-        self.handle: int = found.mvpfx_pack(self.rows, columns, block, halves, *pointers)
-        self.bias = _biases(matrices)
+        memory = [n for t in (crow, col, values) for n in (t.data_ptr(), t.numel())]
+        handle = c_void_p()
+        wrong = found.mvpfx_pack(self.rows, columns, block, halves, *memory, byref(handle))
+        if wrong is not None:
+            raise ValueError(
+                f"a weight of {self.rows} x {columns} cannot be packed: {wrong.decode()}. Its "
+                "row starts, column indices and values do not make a matrix."
+            )
+        self.handle = handle.value
         self._finalizer = weakref.finalize(self, found.mvpfx_free, self.handle)
+        self.bias = _biases(matrices)
 
 
 def joined(matrices: Sequence[Matrix]) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -72,6 +83,10 @@ def joined(matrices: Sequence[Matrix]) -> tuple[Tensor, Tensor, Tensor, int]:
 
     Weights in blocks of different sizes are joined value by value.
     """
+    for matrix in matrices:
+        check_memory(matrix.crow_indices, matrix.col_indices, matrix.values, matrix.bias)
+        sizes = (matrix.crow_indices, matrix.col_indices, matrix.values, matrix.bias)
+        check_sizes(*sizes, matrix.out_features)
     blocks = {block_of(matrix.values) for matrix in matrices}
     if len(blocks) > 1:
         matrices, blocks = [_single(matrix) for matrix in matrices], {1}
@@ -109,7 +124,7 @@ class Watch:
         self._layers: list[int] = []
         self._tensors: list[int] = []
         self._known: list[Callable[[], Tensor | None]] = []
-        self._states: list[tuple[int, int]] = []
+        self._states: list[tuple[int, int, int]] = []
         self._sure = True
 
     def see(self, arguments: Sequence[Any], layers: Iterable[int], tensors: Iterable[int]) -> None:
@@ -134,8 +149,27 @@ class Watch:
         return [*map(values_of, layers), *biases, *[arguments[i] for i in self._tensors]]
 
 
-def _states(tensors: Iterable[Tensor | None]) -> list[tuple[int, int]]:
-    return [(tensor._version, tensor.data_ptr()) for tensor in tensors if tensor is not None]
+def _states(tensors: Iterable[Tensor | None]) -> list[tuple[int, int, int]]:
+    """Of each tensor that is there; a part of what it was begins where that began."""
+    return [(t._version, t.data_ptr(), t.numel()) for t in tensors if t is not None]
+
+
+def check_memory(*tensors: Tensor | None) -> None:
+    """Make sure that tensors still have their memory: `untyped_storage().resize_` gives it back.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for tensor in tensors:
+        if tensor is not None and tensor.numel():
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            last = tensor.storage_offset() + sum((n - 1) * step for n, step in steps)
+            held, needed = tensor.untyped_storage().nbytes(), (last + 1) * tensor.element_size()
+            if held < needed:
+                raise ValueError(
+                    f"a tensor of {list(tensor.shape)} needs {needed} bytes, and its memory has "
+                    f"{held}. Assign a tensor that has its memory."
+                )
 
 
 def values_of(layer: Any) -> Any:
@@ -146,7 +180,16 @@ def values_of(layer: Any) -> Any:
 
 def _sparse(layer: Any) -> Matrix:
     """The weight of a layer as a sparse one, in CSR where it is dense."""
-    return _csr(layer.weight, layer) if isinstance(layer, NativeLinear) else layer
+    if not isinstance(layer, NativeLinear):
+        return layer
+    size = layer.out_features, layer.in_features
+    if tuple(layer.weight.shape) != size:
+        raise ValueError(
+            f"a layer of {size[0]} x {size[1]} has a weight of {list(layer.weight.shape)}. "
+            "Assign a weight of the layer's size, or change in_features and out_features too."
+        )
+    check_memory(layer.weight)
+    return _csr(layer.weight, layer)
 
 
 def _single(matrix: Matrix) -> Matrix:

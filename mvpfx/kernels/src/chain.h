@@ -25,4 +25,7 @@ struct Step {
   int64_t sequence_stride, token_stride;
   int64_t heads, groups;  // of attend; rotate and normalize have heads alone
   int64_t mask_strides[4];
+  // How many numbers there are: of the norm's weight, of its bias or the epilogue's, and of the tensor
+  // or the mask up to its last one in memory.
+  int64_t weight_count, bias_count, tensor_count;
 };

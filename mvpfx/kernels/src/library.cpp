@@ -1,10 +1,12 @@
 // The library's C interface. All sizes and strides are in elements; pointers are those of tensors.
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "chain.h"
 #include "export.h"
+#include "lengths.h"
 #include "packed.h"
 #include "parallel.h"
 #include "processor.h"
@@ -34,11 +36,11 @@ struct Span {
   int64_t scratch;
 
   Slice place(Slice slice) const {
-    if (slice.stride == 0) return {own - tiles.first * scratch, scratch, slice.first};
+    if (slice.stride == 0) return {own - tiles.first * scratch, scratch, slice.first, 0};
     return slice;
   }
   Slice place_if_any(Slice slice) const {
-    return slice.stride < 0 ? Slice{nullptr, 0, 0} : place(slice);
+    return slice.stride < 0 ? Slice{} : place(slice);
   }
 };
 
@@ -76,7 +78,7 @@ void run_product(const Kernels& table, const Geometry& geometry, const Step& ste
   if (packed.halves) {
     static thread_local Scratch room;
     int64_t stride = packed.columns * geometry.tile;
-    Slice pairs{room.floats((tiles.last - tiles.first) * stride) - tiles.first * stride, stride, 0};
+    Slice pairs{room.floats((tiles.last - tiles.first) * stride) - tiles.first * stride, stride, 0, 0};
     for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
       int width = geometry.width(tile);
       table.pair_features(step.features, width, input.at(tile, 0, width), pairs.at(tile, 0, width));
@@ -113,7 +115,7 @@ void run_step(const Kernels& table, const Geometry& geometry, const Step& step, 
 }  // namespace
 
 // The number of this interface: one more whenever a function or a struct changes.
-EXPORT int mvpfx_interface() { return 4; }
+EXPORT int mvpfx_interface() { return 5; }
 
 // The name of the instruction set in use.
 EXPORT const char* mvpfx_isa() { return kernels->name; }
@@ -134,11 +136,22 @@ EXPORT int64_t mvpfx_tile() { return kernels->tile; }
 // Whether weights and activations in bfloat16 are worth being multiplied as such.
 EXPORT int mvpfx_halves() { return kernels->halves; }
 
-EXPORT Packed* mvpfx_pack(int64_t rows, int64_t columns, int64_t block, int halves,
-                          const int32_t* row_starts, const int32_t* column_indices,
-                          const float* values) {
-  return pack(rows, columns, block, halves != 0, kernels->matrix, kernels->tile, row_starts,
-              column_indices, values);
+// A sparse matrix in the order in which kernels read it, into `packed`; `starts`, `indices` and `numbers`
+// are how many row starts, column indices and values there are. Returns nullptr, or what is wrong.
+EXPORT const char* mvpfx_pack(int64_t rows, int64_t columns, int64_t block, int halves,
+                              const int32_t* row_starts, int64_t starts,
+                              const int32_t* column_indices, int64_t indices, const float* values,
+                              int64_t numbers, Packed** packed) {
+  const char* wrong = find_shortage(rows, columns, block, row_starts, starts, column_indices, indices,
+                                    numbers);
+  if (wrong) return wrong;
+  try {
+    *packed = pack(rows, columns, block, halves != 0, kernels->matrix, kernels->tile, row_starts,
+                   column_indices, values);
+  } catch (const std::bad_alloc&) {
+    return "there is not enough memory to pack a weight";
+  }
+  return nullptr;
 }
 
 EXPORT void mvpfx_free(Packed* packed) { delete packed; }
@@ -240,25 +253,20 @@ void run_parts(const Geometry& geometry, const Step* steps, int count, int64_t s
   }
 }
 
-// Whether tiles and weights are those of the instruction set in use.
-bool fits(const Geometry& geometry, const Step* steps, int count) {
-  return geometry.tile == kernels->tile && std::all_of(steps, steps + count, [&](const Step& step) {
-           return step.kind != kMultiply || step.packed->tile == geometry.tile;
-         });
-}
-
 }  // namespace
 
 // Runs steps for all tokens. Slices whose stride is 0 lie in memory of the tile's own, which lasts
-// from one attention to the next, and take `scratch` floats in all. Returns 0, and does nothing, where
-// tiles or weights are not those of the instruction set in use.
-EXPORT int mvpfx_run(const Geometry* geometry, const Step* steps, int count, int64_t scratch,
-                     int threads) {
-  if (!fits(*geometry, steps, count)) return 0;
+// from one attention to the next, and take `scratch` floats in all. Returns nullptr; or, having done
+// nothing, what is wrong: memory is too short, or tiles and weights are not those of the instruction
+// set in use.
+EXPORT const char* mvpfx_run(const Geometry* geometry, const Step* steps, int count, int64_t scratch,
+                             int threads) {
+  if (geometry->tile != kernels->tile) return "tiles are of another instruction set";
+  if (const char* wrong = find_shortage(*geometry, steps, count, scratch)) return wrong;
   scratch = (scratch + kChunk - 1) / kChunk * kChunk;
   if (geometry->padded() % kWidest == 0 && geometry->sequences >= threads)
     run_sequences(*geometry, steps, count, scratch, threads);
   else
     run_parts(*geometry, steps, count, scratch, threads);
-  return 1;
+  return nullptr;
 }

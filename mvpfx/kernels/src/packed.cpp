@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 
 #include "packed_matrix.h"
 #include "row_pairs.h"
@@ -13,6 +14,15 @@ constexpr double kSharedAtLeast = 0.7;  // of what four rows hold in common colu
 
 // Rows of a block: their sums, of 64 tokens, take 192 KiB.
 constexpr int64_t kPanel = 768;
+
+// One entry a column, which the packed form relies on: values at the same place add up, as in torch.
+void add_up(std::vector<Entry>& row) {
+  size_t count = 0;
+  for (const Entry& entry : row)
+    if (count && row[count - 1].column == entry.column) row[count - 1].value += entry.value;
+    else row[count++] = entry;
+  row.resize(count);
+}
 
 // The nonzeros of each row, columns ascending. A block's zeros are left out.
 Rows read_rows(int64_t rows, int64_t block, const int32_t* starts, const int32_t* columns,
@@ -27,6 +37,7 @@ Rows read_rows(int64_t rows, int64_t block, const int32_t* starts, const int32_t
       }
     std::sort(found[row].begin(), found[row].end(),
               [](const Entry& a, const Entry& b) { return a.column < b.column; });
+    add_up(found[row]);
   }
   return found;
 }
@@ -207,13 +218,14 @@ void tidy(std::vector<int32_t>& columns) {
 Packed* pack(int64_t rows, int64_t columns, int64_t block, bool halves, bool matrix, int tile,
              const int32_t* row_starts, const int32_t* column_indices, const float* values) {
   Rows found = read_rows(rows, block, row_starts, column_indices, values);
-  Packed* packed = new Packed{};
+  auto owned = std::make_unique<Packed>();
+  Packed* packed = owned.get();
   packed->rows = rows;
-  packed->columns = columns;
+  packed->inputs = packed->columns = columns;
   packed->tile = tile;
   packed->group = rows_share(found) ? 4 : 2;
   packed->panel = kPanel;
-  if (halves && matrix && pack_pairs(packed, found)) return packed;
+  if (halves && matrix && pack_pairs(packed, found)) return owned.release();
   // Where there is a matrix unit, vectors multiply floats faster than they do pairs.
   if (halves && !matrix) {
     pair_all(packed, found);
@@ -221,5 +233,5 @@ Packed* pack(int64_t rows, int64_t columns, int64_t block, bool halves, bool mat
   }
   packed->depth = depth_for(found, packed->columns, tile);
   Packer(packed, found).run();
-  return packed;
+  return owned.release();
 }

@@ -20,7 +20,8 @@ struct alignas(64) Line {
 
 struct Packed {
   int64_t rows;
-  int64_t columns;    // of pairs, where `halves`
+  int64_t inputs;     // columns of the matrix
+  int64_t columns;    // the same, or of pairs, where `halves`
   bool halves;        // a value is two bfloat16, of neighbouring columns, in the place of a float
   int group;          // rows of a unit: 2 or 4
   int64_t panel;      // rows of a block

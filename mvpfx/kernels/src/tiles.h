@@ -37,6 +37,7 @@ struct Slice {
   float* data;     // of all features; nullptr where there are none
   int64_t stride;  // floats from one full tile to the next; 0: in memory of the tile's own
   int64_t first;   // feature of the slice
+  int64_t size;    // floats that `data` has, where it is not the tile's own
   float* at(int64_t tile, int64_t feature, int width) const {
     return data + tile * stride + (first + feature) * width;
   }
