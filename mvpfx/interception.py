@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import random
 import threading
@@ -78,12 +79,19 @@ class Interception:
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
-        self.stack = ExitStack()
 
     def __enter__(self) -> None:
+        with ExitStack() as stack:  # what fails half-way is undone as far as it went
+            stack.enter_context(_one_at_a_time)
+            stack.enter_context(Capturing())
+            self._enter(stack)
+            self._stack = stack.pop_all()
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _enter(self, stack: ExitStack) -> None:
         recorder, owner = self.recorder, threading.get_ident()
-        self.stack.enter_context(_one_at_a_time)
-        self.stack.enter_context(Capturing())
 
         def mine() -> bool:
             return threading.get_ident() == owner and not recorder.paused
@@ -102,11 +110,11 @@ class Interception:
             finally:
                 recorder.writer.path.pop()
 
-        base_apply = cast("Any", torch.autograd.Function.apply).__func__
+        base_apply = inspect.getattr_static(torch.autograd.Function, "apply")
 
         def function_apply(function: Any, *args: Any, **kwargs: Any) -> Any:
             if not mine():
-                return base_apply(function, *args, **kwargs)
+                return base_apply.__get__(None, function)(*args, **kwargs)
             if issubclass(function, checkpoint.CheckpointFunction):
                 raise CaptureError("activation checkpointing inside the region")
             return recorder.leaf(autograd_leaf(function), args, kwargs)
@@ -118,23 +126,22 @@ class Interception:
                 raise CaptureError("activation checkpointing inside the region")
             return run_checkpoint(*args, **kwargs)
 
-        self._patch(nn.Module, "__call__", module_call)
-        self._patch(torch.autograd.Function, "apply", classmethod(function_apply))
-        self._patch(checkpoint, CHECKPOINT_GENERATOR, no_checkpoint)
+        _patch(stack, nn.Module, "__call__", module_call)
+        _patch(stack, torch.autograd.Function, "apply", classmethod(function_apply))
+        _patch(stack, checkpoint, CHECKPOINT_GENERATOR, no_checkpoint)
 
         def leaf_call(leaf: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return recorder.leaf(leaf, args, kwargs) if mine() else leaf(*args, **kwargs)
 
-        self.stack.enter_context(AttentionIsLeaf(leaf_call))
+        stack.enter_context(AttentionIsLeaf(leaf_call))
 
-    def __exit__(self, *error: object) -> None:
-        self.stack.close()
 
-    def _patch(self, owner: Any, name: str, value: Any) -> None:
-        own = name in vars(owner)
-        original = vars(owner).get(name)
-        setattr(owner, name, value)
-        self.stack.callback(lambda: setattr(owner, name, original) if own else delattr(owner, name))
+def _patch(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Replace an attribute of a class or module until `stack` is closed."""
+    own = name in vars(owner)
+    original = vars(owner).get(name)
+    stack.callback(lambda: setattr(owner, name, original) if own else delattr(owner, name))
+    setattr(owner, name, value)
 
 
 class SideEffects:

@@ -21,6 +21,7 @@ from typing import Any
 import sympy
 import torch
 import torch.utils._pytree as pytree
+import torch.utils.checkpoint
 from sympy.core.symbol import Symbol
 from torch import Tensor
 from torch._C import _functorch as functorch
@@ -91,7 +92,11 @@ __all__ = [
     "transforms_off",
 ]
 
-CHECKPOINT_GENERATOR = "_checkpoint_without_reentrant_generator"
+_GENERATORS = (
+    "_checkpoint_without_reentrant_generator_impl",  # from torch 2.14
+    "_checkpoint_without_reentrant_generator",
+)
+CHECKPOINT_GENERATOR = next(n for n in _GENERATORS if hasattr(torch.utils.checkpoint, n))
 """What `torch.utils.checkpoint.checkpoint` calls without reentrance, in the same module."""
 set_grad_enabled = torch._C._set_grad_enabled
 linear = torch._C._nn.linear

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mvpfx
+from mvpfx import interception
 from mvpfx.region import Region, region_of
 from tests.models import build
 from tests.test_traps import masked_copy, prepared
@@ -236,3 +238,24 @@ def test_kernels_that_refuse_symbols_in_cpp_are_recorded() -> None:
     inputs = [torch.randn(rows, 8) for rows in (3, 5, 11)]
     region = assert_same(Around(padded), *inputs)
     assert region.calls == 3 and not region.declined
+
+
+@pytest.mark.parametrize("where", ["AttentionIsLeaf", "CHECKPOINT_GENERATOR", "inspect"])
+def test_a_recording_that_cannot_begin_leaves_no_trace(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, x = nn.Sequential(nn.Linear(8, 6)), torch.randn(3, 8)
+    model = prepared(copy.deepcopy(raw))
+    expected = masked_copy(raw, model)
+    with monkeypatch.context() as patch:
+        patch.setattr(interception, where, "nothing that can be used")
+        before = nn.Module.__call__
+        for _ in range(2):
+            assert difference(model(x), expected(x)) == 0
+        assert nn.Module.__call__ is before
+        assert not interception.is_capturing()
+    assert root(model).declined
+    other = threading.Thread(target=lambda: model(x[:2, None]))  # waits for a lock that is held
+    other.start()
+    other.join(timeout=60)
+    assert not other.is_alive()
