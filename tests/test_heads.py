@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvpfx.dims.attention import UNATTENDED
 from mvpfx.passes.shrink_dims import ShrinkDims
 from tests.graphs import applied, apply, assert_same, declined, linear, program_of, zero_
 from tests.models import build
+from tests.zoo.entry import output
 
 ENCODERS = {
     "bert": (
@@ -43,18 +45,37 @@ def head(index: int, width: int = 8) -> slice:
 def test_dead_heads_go(name: str) -> None:
     model, batch = build(name)
     _, _, value, out = projections(name, model)
-    zero_(value.weight[head(1)])  # constant values: softmax rows sum to 1
+    zero_(value.weight[head(1)])  # values are zero, so their average is
+    assert value.bias is not None
+    zero_(value.bias[head(1)])
     zero_(out.weight[:, head(3)])  # nobody reads this head
     program, decisions = apply(ShrinkDims(), program_of(model, batch))
     texts = [text for text in applied(decisions) if "heads" in text]
     assert [text.partition(": ")[2] for text in texts] == ["4 -> 2 heads"]
-    assert "8 constants folded into the bias" in "".join(applied(decisions))
     small = assert_same(program, batch)
     query, key, value, out = projections(name, small)
     assert {query.out_features, key.out_features, value.out_features, out.in_features} == {16}
     counts = ("num_heads", "num_attention_heads", "n_heads")
     owners = [m for m in small.modules() if any(getattr(m, c, None) == 2 for c in counts)]
     assert len(owners) == 1
+
+
+@pytest.mark.parametrize("name", list(ENCODERS))
+def test_constant_values_stay_where_a_mask_may_hide_all(name: str) -> None:
+    model, batch = build(name)
+    _, _, value, _ = projections(name, model)
+    zero_(value.weight[head(1)])
+    program, decisions = apply(ShrinkDims(), program_of(model, batch))
+    assert [text for text in applied(decisions) if "heads" in text] == []
+    reasons = [text.partition(": ")[2] for text in declined(decisions)]
+    assert f"8 of 32 rows are zero, but {UNATTENDED}" in reasons
+    small = assert_same(program, batch)
+    if "attention_mask" in batch:
+        batch["attention_mask"] = batch["attention_mask"].clone()
+        batch["attention_mask"][0] = 0
+        with torch.no_grad():
+            gap = output(small(**batch)) - output(model(**batch))
+        assert gap.abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("part", [0, 1])

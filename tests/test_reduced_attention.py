@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.attention_model import (
     HEAD,
     WIDTH,
     Model,
+    Unmasked,
     as_double,
     converted,
     head,
@@ -42,8 +44,10 @@ NESTED = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is
 def test_heads_that_are_unread_or_constant_go(
     options: dict[str, Any], call: dict[str, Any], masks: str
 ) -> None:
-    model = Model(call, **options).double()
-    kill(model.attention)
+    model = (Model if masks else Unmasked)(call, **options).double()
+    if masks and options.get("bias", True):  # a query may attend to nothing: constants stay
+        kill(model.attention, 2, None)
+    kill(model.attention, constant=None if masks and options.get("bias", True) else 2)
     batch = as_double(inputs(model, masks))
     small = converted(model, batch)
     expected = outputs(model.eval(), batch)
@@ -87,7 +91,7 @@ def test_more_keys_than_the_sequence_has(option: str) -> None:
 
 
 def test_decisions_name_what_goes() -> None:
-    plain = Model({}, batch_first=True)
+    plain = Unmasked({}, batch_first=True)
     kill(plain.attention)
     program, decisions = apply(ShrinkDims(), program_of(plain, inputs(plain)))
     assert applied(decisions) == [
@@ -138,6 +142,24 @@ def test_weights_that_are_read_belong_to_all_heads(average: bool) -> None:
         "attention.out_proj.weight: 8 of 32 columns are zero, but the attention weights that are "
         "read belong to all heads",
     ]
+
+
+@pytest.mark.parametrize("masks", ["", "p", "a"])
+def test_constant_heads_stay_where_a_query_may_attend_to_nothing(masks: str) -> None:
+    model = Model({"need_weights": False}, batch_first=True)
+    kill(model.attention)
+    batch = inputs(model, masks)
+    program, decisions = apply(ShrinkDims(), program_of(model, batch))
+    assert "attention: 4 -> 3 heads" in applied(decisions)[-1]
+    assert declined(decisions) == [
+        "attention.in_proj_weight: 8 of 96 rows are zero, but a query that may attend to "
+        "nothing gets 0, not their constant values"
+    ]
+    small = program.build(copy.deepcopy(model))
+    nothing = torch.zeros(2, 6, dtype=torch.bool)
+    nothing[1] = True
+    batch = {**inputs(model), "key_padding_mask": nothing}
+    torch.testing.assert_close(outputs(small, batch), outputs(model, batch))
 
 
 def test_a_mask_for_each_head_keeps_them() -> None:
@@ -193,7 +215,8 @@ def test_unbatched_inputs() -> None:
 @NESTED
 def test_what_it_cannot_take_is_an_error() -> None:
     model = Model({"need_weights": False}, batch_first=True)
-    kill(model.attention)
+    kill(model.attention, 2, None)
+    kill(model.attention, constant=None)
     batch = inputs(model)
     attention = converted(model, batch).attention
     assert repr(attention).startswith("ReducedAttention(\n  embed_dim=32, heads=2 of 8")

@@ -77,7 +77,8 @@ def test_saved_and_loaded_to_the_bit(tmp_path: Path) -> None:
     assert type(again.get_submodule("layers.1.self_attn")) is ReducedAttention
     assert torch.equal(outputs(again, batch), outputs(small, batch))
     plain = Model({"need_weights": False}).attention
-    kill(plain)
+    kill(plain, constant=None)
+    kill(plain, 2, None)
     batch = inputs(Model())
     program = mvpfx.convert(plain, example_inputs={**batch, "need_weights": False})
     assert program.num_heads == 2

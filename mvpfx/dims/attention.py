@@ -12,10 +12,11 @@ from torch import Tensor
 
 from mvpfx.dims.contraction import along
 from mvpfx.dims.rule import Step, alike, all_dims, stay
-from mvpfx.dims.value import Known, Value, any_slice, compact
+from mvpfx.dims.value import Known, Value, any_slice, compact, slices
 
 WIDTH = "heads share their width"
 GROUP = "query heads share keys and values with heads that are needed"
+UNATTENDED = "a query that may attend to nothing gets 0, not their constant values"
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,15 @@ class Attention:
     out_heads: int
 
     def forward(self, step: Step) -> None:
-        """A head whose value is the same at all places yields it: rows of a softmax sum to one."""
+        """A head whose value is the same at all places yields it: rows of a softmax sum to one.
+
+        A query that may attend to nothing, since a mask hides all, gets 0 instead.
+        """
         query, _, value, _ = self.parts(step)
         out = step.outputs[0]
         constant, found = along(value, 2)
+        if not step.attends:
+            constant = constant & (found == 0)
         if not bool(constant.any()):
             return
         share = query.shape[1] // value.shape[1]
@@ -66,6 +72,7 @@ class Attention:
         query, key, value, others = self.parts(step)
         out, *weights = step.outputs
         heads = query.shape[1]
+        yield from self._unattended(step)
         by_head = [(query, 1), (out, self.out_heads), *((w, 1) for w in weights)]
         by_head += [
             (o, len(o.shape) - 3) for o in others if len(o.shape) > 2 and o.shape[-3] == heads
@@ -76,6 +83,17 @@ class Attention:
         heads_of = {*by_head, (key, 1), (value, 1)}
         rest = all_dims(query, key, value, out, *weights, *others)
         yield from stay((place for place in rest if place not in heads_of), WIDTH)
+
+    def _unattended(self, step: Step) -> Iterator[Value]:
+        """Keep heads whose values are constant and whose result is not."""
+        query, _, value, _ = self.parts(step)
+        constant, found = along(value, 2)
+        if step.attends or not bool((constant & (found != 0)).any()):
+            return
+        out, heads = step.outputs[0], value.shape[1]
+        gone = out.removed[self.out_heads].view(heads, query.shape[1] // heads).all(dim=1)
+        if value.allow(1, gone | ~slices(constant, 1, heads), UNATTENDED):
+            yield value
 
     def _group(self, step: Step, query: Value, key: Value, value: Value) -> Iterator[Value]:
         """Let groups go whole, and as many heads from each group that stays."""

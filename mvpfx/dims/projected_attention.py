@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mvpfx.dims.attention import WIDTH
+from mvpfx.dims.attention import UNATTENDED, WIDTH
 from mvpfx.dims.contraction import Fold, uniform_constants
 from mvpfx.dims.rule import Opaque, Rule, Step, alike, all_dims, stay
 from mvpfx.dims.value import Known, Value, any_slice
@@ -61,9 +61,9 @@ def find_projected(step: Step, module: nn.Module | None, owner: str, can_fold: b
     if call.get("static_k") is not None or call.get("static_v") is not None:
         return Opaque(STATIC)
     found = {name: value for name, value in values.items() if value is not None}
-    rule = ProjectedAttention(
-        found, call["num_heads"], bool(call["add_zero_attn"]), can_fold, owner
-    )
+    adds_zero = bool(call["add_zero_attn"])
+    attends = step.attends or adds_zero or "bias_k" in found  # which no mask hides
+    rule = ProjectedAttention(found, call["num_heads"], adds_zero, can_fold, owner, attends)
     return rule if rule.heads > 0 else Opaque("no head is left")
 
 
@@ -77,6 +77,7 @@ class ProjectedAttention:
         adds_zero: whether a key and value of zeros is added to the sequence.
         can_fold: whether constants can be added to the biases there are.
         owner: full name of the module.
+        attends: whether every query has something to attend to, in any call.
     """
 
     values: dict[str, Value]
@@ -84,6 +85,7 @@ class ProjectedAttention:
     adds_zero: bool
     can_fold: bool
     owner: str
+    attends: bool
 
     def forward(self, step: Step) -> None:
         """A feature is constant where all heads that it reads are."""
@@ -160,7 +162,9 @@ class ProjectedAttention:
         """Why heads stay that have zeros in them."""
         if self._reads_weights(step):
             return AVERAGED
-        return MASKED if self._has_mask_by_head(step) else WIDTH
+        if self._has_mask_by_head(step):
+            return MASKED
+        return UNATTENDED if self._has_unattended() else WIDTH
 
     @property
     def inner(self) -> int:
@@ -231,9 +235,15 @@ class ProjectedAttention:
             total = total + bias[2 * self.inner :]
         if added is not None:
             found = found & (added.flatten() == total)
-        if self.adds_zero:
+        if self.adds_zero or not self.attends:
             found = found & (total == 0)
         return found, torch.where(found, total, 0.0)
+
+    def _has_unattended(self) -> bool:
+        """Whether a head is constant but where a query attends to nothing."""
+        known = [replace(self, attends=attends)._constants()[0] for attends in (True, False)]
+        varies = [~found.view(self.heads, self.width).all(dim=1) for found in known]
+        return bool((varies[1] & ~varies[0]).any())
 
     def _read(self, step: Step) -> Tensor:
         """Which features of heads a needed result reads, `[I]`."""

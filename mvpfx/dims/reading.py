@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from mvpfx.dims.attending import may_mask
 from mvpfx.dims.find_rule import find_rule
 from mvpfx.dims.projected_attention import find_projected
 from mvpfx.dims.rearrangement import NAMES, sources
@@ -183,6 +184,7 @@ class Reading:
         return None
 
     def _rule(self, step: Step) -> Rule:
+        step.attends = not may_mask(self.program, self.region, step)
         if writes_shared(step.node, step.module, self.order, NAMES):
             return Opaque(f"{step.name} changes a tensor that is read elsewhere")
         if step.node.target in ATTENTIONS:

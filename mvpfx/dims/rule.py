@@ -33,6 +33,7 @@ class Step:
         extra: what it reads besides: whole tuples, parameters of the module it calls.
         numbers: what each input node that is a number was in the recorded call.
         whole_groups: whether heads that share keys and values may only go together.
+        attends: of an attention, whether every query has something to attend to, in any call.
     """
 
     node: fx.Node
@@ -43,6 +44,7 @@ class Step:
     extra: dict[str, Value] = field(default_factory=dict[str, Value])
     numbers: dict[fx.Node, Any] = field(default_factory=dict[fx.Node, Any])
     whole_groups: bool = False
+    attends: bool = False
 
     @property
     def inputs(self) -> list[Value]:
