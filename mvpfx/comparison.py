@@ -75,6 +75,17 @@ def compare_models(
     return Comparison(largest_difference, latency)
 
 
+def agree(first: nn.Module, second: nn.Module, example_inputs: Any) -> bool:
+    """Whether both can be called, and all outputs of the same shape agree."""
+    try:
+        with inference(first), inference(second):
+            wanted, found = run_example(first, example_inputs), run_example(second, example_inputs)
+        difference, scale = output_difference(wanted, found)
+    except (ValueError, RuntimeError):
+        return False
+    return difference <= tolerance(first) * max(1.0, scale)
+
+
 def _call(model: nn.Module, example_inputs: Any) -> Callable[[], object]:
     return lambda: run_example(model, example_inputs)
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from mvpfx import store
-from mvpfx.comparison import compare_models
+from mvpfx.comparison import agree, compare_models
 from mvpfx.computed import duplicate
 from mvpfx.distributed import check_whole
 from mvpfx.facts import REDUCED, SPARSE
@@ -26,7 +26,7 @@ from mvpfx.passes.fuse_tiles import FuseTiles
 from mvpfx.passes.insert_masks import InsertMasks
 from mvpfx.passes.lower_matmuls import LowerMatmuls
 from mvpfx.passes.propagate_layout import PropagateLayout
-from mvpfx.passes.shrink_dims import ShrinkDims
+from mvpfx.passes.shrink_dims import ShrinkDims, narrows_results
 from mvpfx.pipeline import Record, run
 from mvpfx.program import Program, copy_graph
 from mvpfx.recording import CaptureError
@@ -72,7 +72,8 @@ def convert(
             wrapper may compute more than the prepared model in it (DDP is taken off).
         RuntimeError: the outputs differ by more than `TOLERANCE` allows; nothing is returned.
     """
-    shrink, choose, model = ShrinkDims(multiple_of), ChooseStorage(lowering), unwrapped(model)
+    shrink = ShrinkDims(multiple_of, returned=example_inputs is not None)
+    choose, model = ChooseStorage(lowering), unwrapped(model)
     check_whole(model)
     source = duplicate(model).eval()
     drop_runtimes(source)
@@ -86,7 +87,7 @@ def convert(
     )
     folded, records = run(folding, seen)
     _check_folded(folded)
-    shrunk, shrinking = run((shrink,), folded)
+    shrunk, shrinking = _shrunk(shrink, folded, example_inputs)
     chosen, lowerings = run((choose, PropagateLayout(), LowerMatmuls()), shrunk)
     small, comparison, name = _plain(chosen), None, "converted"
     if example_inputs is not None:
@@ -102,8 +103,7 @@ def convert(
     totals = [measure_totals(version, example_inputs) for version in (folded.model, small)]
     report = make_report(chosen, records, comparison, name, totals)
     attach_state(small, State(records=records, report=report, graphs=chosen.graphs))
-    _forget_calls(small)
-    return small
+    return _forget_calls(small)
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -155,13 +155,26 @@ def fuse_region(module: nn.Module, region: Region, graph: fx.Graph) -> fx.Graph:
     return result.graphs[""]
 
 
-def _forget_calls(model: nn.Module) -> None:
+def _shrunk(
+    shrink: ShrinkDims, folded: Program, example_inputs: Any
+) -> tuple[Program, list[Record]]:
+    """Shrink a program; where a model computes with attention weights that its blocks return, with
+    these as they were.
+    """
+    shrunk, records = run((shrink,), folded)
+    if narrows_results(records) and not agree(_plain(folded), _plain(shrunk), example_inputs):
+        shrunk, records = run((replace(shrink, returned=False),), folded)
+    return shrunk, records
+
+
+def _forget_calls(model: nn.Module) -> nn.Module:
     """Count no calls that were made to measure."""
     for module in model.modules():
         region = region_of(module)
         if region is not None:
             region.calls = 0
             region.declined.clear()
+    return model
 
 
 def _check_folded(program: Program) -> None:

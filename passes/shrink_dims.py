@@ -8,7 +8,8 @@ becomes empty, where its forward runs that way; else one index stays.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -17,20 +18,23 @@ from torch import fx
 from mvpfx.checks import as_count
 from mvpfx.dims.attention import Attention
 from mvpfx.dims.experts import align_experts
-from mvpfx.dims.flow import Flow, folds_of
-from mvpfx.dims.follow import find_attributes
+from mvpfx.dims.flow import HEAD_DIM, Flow, folds_of
+from mvpfx.dims.follow import Attributes, find_attributes, other_attributes
 from mvpfx.dims.projected_attention import ProjectedAttention
 from mvpfx.dims.proof import find_difference
 from mvpfx.dims.reading import Reading
 from mvpfx.dims.remains import find_remains
 from mvpfx.dims.rewrite import make_writable, rewrite
 from mvpfx.layer import find_obstacles
-from mvpfx.pipeline import Decision, Pass
+from mvpfx.pipeline import Decision, Pass, Record
 from mvpfx.program import Program, copy_graph, full_name
 
 CHANNELS = "remove dead channels"
 HEADS = "remove dead heads"
 EXPERTS = "order units of experts"
+TRIES = 24
+"""How many choices of attributes are tried in a row without one that fits."""
+RETURNED = "in the attention weights that it returns"
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,15 @@ class ShrinkDims(Pass):
 
     Attributes:
         multiple_of: what sizes are rounded up to a multiple of, by keeping some dead channels.
+        returned: whether attention weights that a region returns may lose heads. Whoever calls the
+            region must not compute with them; `convert` tries that out.
     """
 
     name: ClassVar[str] = "shrink_dims"
     requires: ClassVar[tuple[str, ...]] = ("masks_folded",)
     ensures: ClassVar[tuple[str, ...]] = ("masks_folded", "shapes_agree")
     multiple_of: int = 1
+    returned: bool = False
 
     def __post_init__(self) -> None:
         as_count(self.multiple_of, "multiple_of")
@@ -56,33 +63,63 @@ class ShrinkDims(Pass):
             for name, reason in align_experts(program, Reading(program, region, obstacle)):
                 yield Decision(name, EXPERTS, True, reason)
         flows = [Flow(program, region, obstacle) for region in program.graphs]
+        tries = TRIES
         for flow in flows:
-            flow.solve()
-            shrink(program, flow, self.multiple_of)
+            flow.solve(self.returned)
+            tries = shrink(program, flow, self.multiple_of, tries)
             yield from removals(flow)
         for name, reason in find_remains(program, flows):
             yield Decision(name, CHANNELS, False, reason)
 
 
-def shrink(program: Program, flow: Flow, multiple: int) -> None:
-    """Write what may go into the program, less what the region's forward would not follow."""
+def shrink(program: Program, flow: Flow, multiple: int, tries: int = TRIES) -> int:
+    """Write what may go into the program, less what the region's forward would not follow.
+
+    Args:
+        program: is changed.
+        flow: solved, of one region.
+        multiple: what sizes are rounded up to a multiple of.
+        tries: how many choices of attributes to try, where some hold the same number.
+
+    Returns:
+        The tries that are left.
+    """
     while flow.removes:
         arguments = _settled(flow, multiple)
-        trial = replace(
-            program,
-            graphs={flow.region: copy_graph(program.graphs[flow.region])},
-            parameters=dict(program.parameters),
-            attributes=dict(program.attributes),
-        )
-        rewrite(trial, flow, arguments)
-        trial.attributes |= find_attributes(program, flow, arguments)
-        difference = find_difference(trial, flow.region)
+        found = find_attributes(program, flow, arguments)
+        difference = _write(program, flow, arguments, found)
         if difference is None:
-            program.parameters, program.attributes = trial.parameters, trial.attributes
-            program.graphs[flow.region] = trial.graphs[flow.region]
-            return
-        if not flow.keep_one(flow.all_values(), difference[0]):
-            _block(flow, arguments, *difference)
+            return TRIES
+        if flow.keep_one(flow.all_values(), difference[0]):
+            continue
+        for attributes in itertools.islice(other_attributes(program, flow, arguments), tries):
+            tries -= 1
+            if _write(program, flow, arguments, attributes) is None:
+                return TRIES
+        _block(flow, arguments, *difference)
+    return tries
+
+
+def _write(
+    program: Program,
+    flow: Flow,
+    arguments: dict[fx.Node, tuple[object, ...]],
+    attributes: Attributes,
+) -> tuple[str, fx.Node | None] | None:
+    """Write the removal into the program where the region's forward follows; else what does not."""
+    trial = replace(
+        program,
+        graphs={flow.region: copy_graph(program.graphs[flow.region])},
+        parameters=dict(program.parameters),
+        attributes=dict(program.attributes),
+    )
+    rewrite(trial, flow, arguments)
+    trial.attributes |= attributes
+    difference = find_difference(trial, flow.region)
+    if difference is None:
+        program.parameters, program.attributes = trial.parameters, trial.attributes
+        program.graphs[flow.region] = trial.graphs[flow.region]
+    return difference
 
 
 def _settled(flow: Flow, multiple: int) -> dict[fx.Node, tuple[object, ...]]:
@@ -113,6 +150,11 @@ def _block(
             flow.block(blocked, reason)
 
 
+def narrows_results(records: Sequence[Record]) -> bool:
+    """Whether a region returns attention weights of fewer heads."""
+    return any(d.reason.endswith(RETURNED) for record in records for d in record.decisions)
+
+
 def removals(flow: Flow) -> Iterator[Decision]:
     """One decision for each weight that became smaller, and for each attention."""
     folded: dict[str, int] = {}
@@ -140,3 +182,7 @@ def removals(flow: Flow) -> Iterator[Decision]:
             if returned:
                 reason += "; returned attention probabilities lose these heads too"
             yield Decision(site, HEADS, True, reason)
+    for value in flow.results:
+        if value.kept_shape != value.shape:
+            heads, kept = value.shape[HEAD_DIM], value.kept(HEAD_DIM)
+            yield Decision(flow.region, HEADS, True, f"{heads} -> {kept} heads {RETURNED}")

@@ -59,6 +59,8 @@ class Attention:
         moving = any_slice(out.needed & ~out.known.constant, self.out_heads, heads)
         for extra in weights:
             moving |= any_slice(extra.needed, 1, heads)
+        for extra in step.outputs[1:]:
+            extra.need(moving.view(1, -1, 1, 1))  # computed along with what is needed
         read = any_slice(out.needed, self.out_heads, heads)
         query.need(moving.view(1, -1, 1, 1))
         key.need(_groups(moving, key.shape[1]).view(1, -1, 1, 1))

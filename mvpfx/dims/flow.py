@@ -9,18 +9,21 @@ from functools import cached_property
 
 import torch
 
+from mvpfx.dims.attention import Attention
 from mvpfx.dims.contraction import Contraction, Fold
 from mvpfx.dims.convolution import Convolution
 from mvpfx.dims.elementwise import Elementwise
 from mvpfx.dims.projected_attention import ProjectedAttention
-from mvpfx.dims.reading import Reading
+from mvpfx.dims.reading import RESULT, RETURNED, Reading
 from mvpfx.dims.rearrangement import Rearrangement
 from mvpfx.dims.rule import NONE, Step, all_dims
 from mvpfx.dims.stack import GroupedProduct
-from mvpfx.dims.value import Value
+from mvpfx.dims.value import Value, any_slice
 
 UNREAD = "no node shows how it is used"
 ONE = "one always stays"
+HEAD_DIM = 1
+"""The dimension of heads in attention weights."""
 _TAKE_NOTHING = (Contraction, Elementwise, Rearrangement, ProjectedAttention)
 """Rules of nodes that may be left with dimensions of size 0; what is left is run as a proof."""
 
@@ -28,10 +31,36 @@ _TAKE_NOTHING = (Contraction, Elementwise, Rearrangement, ProjectedAttention)
 class Flow(Reading):
     """What is known, needed and removed in one region."""
 
-    def solve(self) -> None:
-        """Find the facts, the needs and the removal."""
+    def solve(self, returned: bool = False) -> None:
+        """Find the facts, the needs and the removal.
+
+        Args:
+            returned: whether attention weights that the region returns may lose heads.
+        """
         for step, rule in self.steps:
             rule.forward(step)
+        weights = [value for value in self.results if self._is_attended(value)]
+        for value in weights:
+            value.fixed[HEAD_DIM] = None if returned else RETURNED
+            value.needed = torch.zeros_like(value.needed) if returned else value.needed
+        self._decide()
+        computed = [any_slice(v.needed, HEAD_DIM, v.shape[HEAD_DIM]) for v in weights]
+        left = [~v.removed[HEAD_DIM] & ~live for v, live in zip(weights, computed, strict=True)]
+        if any(bool(stays.any()) for stays in left):  # as a head whose values are constant
+            for value in weights:
+                value.need(torch.ones_like(value.needed))
+                value.fixed[HEAD_DIM] = RESULT
+            self._decide()
+
+    def _is_attended(self, value: Value) -> bool:
+        """Whether a value holds attention weights, `[B, H, S, T]`."""
+        made = [step for step, rule in self.steps if isinstance(rule, Attention)]
+        last = len(value.shape) - 1
+        returned = any(value in step.outputs[1:] for step in made)
+        return last == 3 and (returned or value.sums_to_one == last)
+
+    def _decide(self) -> None:
+        """Find the needs and the removal."""
         for step, rule in reversed(self.steps):
             rule.backward(step)
         for value in self.all_values():

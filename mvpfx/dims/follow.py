@@ -7,8 +7,10 @@ proved by recording it again.
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import fx
@@ -24,21 +26,22 @@ WIDTHS = ("all_head_size",)
 """Attributes that hold a width of all heads where it is the width of the model as well."""
 
 
+_COUNTS = re.compile(r"(.*_)?(heads?|nh|groups)")
+"""What attributes are called that hold a number of heads."""
+Attributes = dict[tuple[str, str], int]
+"""(module, attribute) -> its new value."""
+
+
 def find_attributes(
     program: Program, flow: Flow, arguments: Mapping[fx.Node, tuple[Any, ...]]
-) -> dict[tuple[str, str], int]:
+) -> Attributes:
     """(module, attribute) -> its new value, for the modules of a region."""
     written, stayed = _literals(flow, arguments)
     changed, kept = _sizes(flow)
     found = _ratios(program, flow)
     for module_name in sorted(changed):
         name = full_name(flow.region, module_name) if module_name else flow.region
-        module = program.module(name)
-        if module is None or (not module._modules and module._parameters):
-            continue  # a layer of its own, whose attributes follow its weight
-        for attribute, value in vars(module).items():
-            if type(value) is not int:
-                continue
+        for attribute, value in _held_numbers(program, name):
             new = written[module_name].get(value, set())
             if not new and value not in stayed[module_name]:
                 new = changed[module_name].get(value, set())
@@ -49,9 +52,56 @@ def find_attributes(
     return found
 
 
-def _ratios(program: Program, flow: Flow) -> dict[tuple[str, str], int]:
+def other_attributes(
+    program: Program, flow: Flow, arguments: Mapping[fx.Node, tuple[Any, ...]]
+) -> Iterator[Attributes]:
+    """Other choices, where some attributes of a module hold the same number: which of them changes
+    then shows only when the forward is recorded. Those that are called like a number of heads come
+    first.
+    """
+    first = find_attributes(program, flow, arguments)
+    written, _ = _literals(flow, arguments)
+    changed, _ = _sizes(flow)
+    alike: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for module_name in sorted({*written, *changed}):
+        name = full_name(flow.region, module_name) if module_name else flow.region
+        for attribute, value in _held_numbers(program, name):
+            new = written[module_name].get(value, set()) | changed[module_name].get(value, set())
+            for number in sorted(new):
+                alike[name, number].append(attribute)
+    choices = [
+        [(name, chosen, new) for chosen in _subsets(attributes)]
+        for (name, new), attributes in alike.items()
+    ]
+    for combination in itertools.product(*choices):
+        found = _ratios(program, flow)
+        for name, chosen, new in combination:
+            found |= {(name, attribute): new for attribute in chosen}
+        if found != first:
+            yield found
+
+
+def _subsets(attributes: list[str]) -> list[tuple[str, ...]]:
+    """Which of some attributes may change together, the likeliest first."""
+    counts = tuple(name for name in attributes if _COUNTS.fullmatch(name.lower()))
+    sizes = range(1, len(attributes) + 1)
+    found = [counts, *(c for size in sizes for c in itertools.combinations(attributes, size)), ()]
+    return list(dict.fromkeys(found))
+
+
+def _held_numbers(program: Program, name: str) -> Iterator[tuple[str, int]]:
+    """The whole numbers that a module holds itself; none of a layer, whose follow its weight."""
+    module = program.module(name)
+    if module is None or (not module._modules and module._parameters):
+        return
+    for attribute, value in vars(module).items():
+        if type(value) is int and not attribute.startswith("_"):
+            yield attribute, value
+
+
+def _ratios(program: Program, flow: Flow) -> Attributes:
     """Numbers of query heads to a key-value head, which stand in no node."""
-    found: dict[tuple[str, str], int] = {}
+    found: Attributes = {}
     for step, rule in flow.steps:
         if not isinstance(rule, Attention):
             continue

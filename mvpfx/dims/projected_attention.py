@@ -162,9 +162,9 @@ class ProjectedAttention:
         """Why heads stay that have zeros in them."""
         if self._reads_weights(step):
             return AVERAGED
-        if self._has_mask_by_head(step):
-            return MASKED
-        return UNATTENDED if self._has_unattended() else WIDTH
+        hidden = not self.attends and bool(replace(self, attends=True)._constants()[1].any())
+        other = UNATTENDED if hidden else WIDTH
+        return MASKED if self._has_mask_by_head(step) else other
 
     @property
     def inner(self) -> int:
@@ -238,12 +238,6 @@ class ProjectedAttention:
         if self.adds_zero or not self.attends:
             found = found & (total == 0)
         return found, torch.where(found, total, 0.0)
-
-    def _has_unattended(self) -> bool:
-        """Whether a head is constant but where a query attends to nothing."""
-        known = [replace(self, attends=attends)._constants()[0] for attends in (True, False)]
-        varies = [~found.view(self.heads, self.width).all(dim=1) for found in known]
-        return bool((varies[1] & ~varies[0]).any())
 
     def _read(self, step: Step) -> Tensor:
         """Which features of heads a needed result reads, `[I]`."""

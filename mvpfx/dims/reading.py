@@ -23,6 +23,7 @@ from mvpfx.torch_private import size_hint
 
 OUTSIDE = "they come from outside of the region"
 RESULT = "they are part of the region's result"
+RETURNED = "they are returned, and without example inputs it is not known that nothing reads them"
 VARIES = "their number varies from call to call"
 _STATISTICS = ("weight", "bias", "running_mean", "running_var")
 _BIASED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -40,6 +41,7 @@ class Reading:
         steps: in graph order, each with its rule.
         values: what each node makes: a value, or a tuple of them.
         parameters: full name -> value.
+        results: what the region returns.
     """
 
     def __init__(self, program: Program, region: str, obstacle: Obstacle) -> None:
@@ -49,6 +51,7 @@ class Reading:
         self.numbers: dict[fx.Node, Any] = {}
         self.parameters: dict[str, Value] = {}
         self.steps: list[tuple[Step, Rule]] = []
+        self.results: list[Value] = []
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         for node in self.graph.nodes:
             self._read(node)
@@ -65,6 +68,7 @@ class Reading:
                     if isinstance(value, Value):
                         value.need(~value.needed)
                         value.fixed = [RESULT] * len(value.shape)
+                        self.results.append(value)
         elif self._is_item(node):
             pass  # made with the tuple it is taken from
         else:

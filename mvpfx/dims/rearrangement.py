@@ -72,22 +72,20 @@ class Rearrangement:
         read = torch.zeros_like(gone)
         for output, places in zip(step.outputs, found, strict=True):
             both = output.elements().expand(output.shape) & gone[places]
-            yield from _fit(output, both, self._why(step))
+            dims = dict.fromkeys(range(len(output.shape)), both)
+            yield from _fit(output, dims, self._why(step))
             both = output.elements().expand(output.shape)
             stay[places[~both]] = True
             read[places] = True
-        if self._chooses_by_number(step):
-            stay |= ~read
+        chosen = _chosen_by_number(step)
         offset = 0
         for value in step.inputs:
-            count = torch.Size(value.shape).numel()
-            left = (gone & ~stay)[offset : offset + count].view(value.shape)
-            yield from _fit(value, left, self._why(step))
-            offset += count
-
-    def _chooses_by_number(self, step: Step) -> bool:
-        """Whether which elements are left out depends on the sizes of a call."""
-        return bool(step.numbers) and step.name in CHOOSING
+            part = slice(offset, offset + torch.Size(value.shape).numel())
+            left = (gone & ~stay)[part].view(value.shape)
+            kept = left & read[part].view(value.shape)
+            dims = {d: kept if d in chosen else left for d in range(len(value.shape))}
+            yield from _fit(value, dims, self._why(step))
+            offset = part.stop
 
     def _why(self, step: Step) -> str:
         for value in (*step.inputs, *step.outputs):
@@ -125,10 +123,33 @@ def run(step: Step, tensors: dict[fx.Node, Tensor], arguments: tuple[Any, ...]) 
     return [out] if isinstance(out, Tensor) else list(out)
 
 
-def _fit(value: Value, gone: Tensor, reason: str) -> Iterator[Value]:
-    """Keep the removals of `value` whose whole slice is in `gone`."""
+def _chosen_by_number(step: Step) -> set[int]:
+    """The dimensions along which the sizes of a call say which elements are left out."""
+    if not step.numbers or step.name not in CHOOSING:
+        return set()
+    rank = len(step.inputs[0].shape)
+    if step.name not in ("getitem", "__getitem__"):
+        dim = step.argument(2 if step.name.startswith("split") else 1, "dim", 0)
+        return {dim % rank} if isinstance(dim, int) else set(range(rank))
+    index: Any = step.node.args[1]
+    items: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
+    taken = sum(1 for item in items if item is not None and item is not ...)
+    found: set[int] = set()
+    dim = 0
+    for item in items:
+        parts = (item.start, item.stop, item.step) if isinstance(item, slice) else (item,)
+        if any(isinstance(part, fx.Node) for part in parts):
+            found.add(dim)
+        dim += 0 if item is None else rank - taken if item is ... else 1
+    return found
+
+
+def _fit(value: Value, gone: dict[int, Tensor], reason: str) -> Iterator[Value]:
+    """Keep the removals of `value` whose whole slice is in `gone`, by dimension."""
     for dim, size in enumerate(value.shape):
-        if bool(value.removed[dim].any()) and value.allow(dim, slices(gone, dim, size), reason):
+        if not bool(value.removed[dim].any()):
+            continue
+        if value.allow(dim, slices(gone[dim], dim, size), reason):
             yield value
 
 
