@@ -6,6 +6,7 @@ import inspect
 import itertools
 import random
 import threading
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +23,13 @@ from mvpfx.transformers_types import AttentionIsLeaf
 
 if TYPE_CHECKING:
     from mvpfx.recorder import Recorder
+
+_TABLES = tuple(
+    name
+    for name, value in nn.Module().__dict__.items()
+    if isinstance(value, dict) and name != "_modules"
+)
+"""Attributes of every module that a forward may write to, as transformers adds hooks."""
 
 _one_at_a_time = threading.RLock()
 _thread = threading.local()
@@ -153,11 +161,7 @@ class SideEffects:
         self.entries = [
             (type(part).__name__, dictionary, dict(dictionary))
             for part in module.modules()
-            for dictionary in (
-                part.__dict__,
-                cast("dict[str, Any]", part.__dict__["_buffers"]),
-                cast("dict[str, Any]", part.__dict__["_parameters"]),
-            )
+            for dictionary in (part.__dict__, *_tables(part))
         ]
         self.buffers = [(b, b._version, b.clone()) for b in module.buffers() if b.dim() == 0]
         seen: set[int] = set()
@@ -199,6 +203,14 @@ class SideEffects:
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(before)
         return changed
+
+
+def _tables(part: nn.Module) -> Iterator[dict[Any, Any]]:
+    """What makes a module one, but for its inner modules: parameters, buffers and all its hooks."""
+    for name in _TABLES:
+        table = part.__dict__.get(name)
+        if isinstance(table, dict):
+            yield cast("dict[Any, Any]", table)
 
 
 def _same_draws(one: Any, other: Any) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from mvpfx.nodes import name_of
 
@@ -95,13 +95,15 @@ def _taken(node: fx.Node) -> tuple[fx.Node | None, Any]:
 
 def _parted(node: fx.Node, names: tuple[str, ...], position: int) -> tuple[fx.Node, int] | None:
     """What a call takes apart, and along which dimension, its argument of that position."""
-    known = node.op in ("call_function", "call_method") and name_of(node) in names
-    x = node.args[0] if known and node.args else None
-    value = x.meta.get("val") if isinstance(x, fx.Node) else None
-    dimension = node.kwargs.get("dim", (*node.args, *(0,) * position)[position])
-    if not isinstance(x, fx.Node) or value is None or type(dimension) is not int:
+    if node.op not in ("call_function", "call_method") or name_of(node) not in names:
         return None
-    return x, dimension % value.dim()
+    x = node.args[0] if node.args else None
+    value = x.meta.get("val") if isinstance(x, fx.Node) else None
+    given = node.args[position] if len(node.args) > position else 0
+    dimension = node.kwargs.get("dim", given)
+    if not isinstance(x, fx.Node) or not isinstance(value, Tensor) or type(dimension) is not int:
+        return None
+    return (x, dimension % value.dim()) if value.dim() else None
 
 
 def _first(name: str, how: tuple[Any, ...], index: int, width: Any) -> int | None:

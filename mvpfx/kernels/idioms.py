@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from mvpfx.nodes import name_of
 
@@ -152,11 +152,12 @@ def find_rotation(node: fx.Node) -> Rotation | None:
 
 def _swaps_halves(node: fx.Node, x: fx.Node) -> bool:
     """Whether a node is `cat((-x2, x1))` of the halves of `x` along the last dimension."""
-    width = x.meta["val"].shape[-1] if "val" in x.meta else None
+    value = x.meta.get("val")
+    width = value.shape[-1] if isinstance(value, Tensor) and value.dim() else None
     dimension = node.kwargs.get("dim", (*node.args, None, None)[1])
     if _call(node) != "cat" or dimension != -1 or type(width) is not int or width % 2:
         return False
-    parts = node.args[0]
+    parts = node.args[0] if node.args else None
     if not isinstance(parts, (list, tuple)) or len(parts) != 2:
         return False
     second, first = parts
@@ -166,7 +167,8 @@ def _swaps_halves(node: fx.Node, x: fx.Node) -> bool:
 
 
 def _is_slice(node: Any, x: fx.Node, wanted: slice) -> bool:
-    if not isinstance(node, fx.Node) or _call(node) not in ("getitem", "__getitem__"):
+    indexes = isinstance(node, fx.Node) and _call(node) in ("getitem", "__getitem__")
+    if not isinstance(node, fx.Node) or not indexes or len(node.args) != 2:
         return False
     source, index = node.args
     return isinstance(source, fx.Node) and _cast(source) is x and index == (..., wanted)
