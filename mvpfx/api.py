@@ -162,12 +162,13 @@ def rewrite_region(module: nn.Module, region: Region, graph: fx.Graph) -> fx.Gra
     """Put masks into a graph that was recorded at a region's first call of its kind.
 
     Raises:
-        ValueError: the graph shows a site that had no scores when the optimizer was built.
+        RefusedError: the graph shows a site that had no scores when the optimizer was built.
     """
     program = Program(module, graphs={"": graph}, regions=[""])
     state: State = region.state
     assert state.config is not None
     seen = {without_adapters(name) for name in state.seen}
+    considered, late_sites = set[str](), dict[str, Site]()
     for site in graph_sites(program, "", graph):
         names = {full_name(region.name, name) for name in (site.name, *site.aliases)}
         if seen & set(map(without_adapters, names)) or not state.default_everywhere:
@@ -176,16 +177,19 @@ def rewrite_region(module: nn.Module, region: Region, graph: fx.Graph) -> fx.Gra
             continue
         named = replace(site, name=full_name(region.name, site.name), aliases=())
         rule = late_rule(state, named)
-        state.seen |= names
+        considered |= names
         if rule is not None:
             program.sites[site.name], program.rules[site.name] = site, rule
-            state.sites[named.name] = named
+            late_sites[named.name] = named
     late = (ScheduleDensity(state.config.schedule),) if program.sites else ()
     result, records = run((InsertMasks(), *late), program)
+    # Only now: where the passes fail, the next call has to find these sites again.
+    state.seen |= considered
+    state.sites |= late_sites
     for site in program.sites.values():
         mask = result.modules[mask_name(site.name)]
         assert isinstance(mask, Mask)
-        mask.site = state.sites[full_name(region.name, site.name)]
+        mask.site = late_sites[full_name(region.name, site.name)]
         tuple(_attach(module, site, mask))
     decisions = (decision for record in records for decision in record.decisions)
     state.late += [replace(d, site=full_name(region.name, d.site)) for d in decisions]

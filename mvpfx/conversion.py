@@ -14,6 +14,7 @@ from mvpfx.comparison import agree, compare_models
 from mvpfx.computed import duplicate
 from mvpfx.distributed import check_whole
 from mvpfx.facts import REDUCED, SPARSE
+from mvpfx.kernels.chain import Chain
 from mvpfx.kernels.fused_region import FusedRegion
 from mvpfx.kernels.library import LIBRARY
 from mvpfx.native_linear import NativeLinear
@@ -152,7 +153,11 @@ def fuse_region(module: nn.Module, region: Region, graph: fx.Graph) -> fx.Graph:
     for decision in record.decisions:
         if not decision.applied:
             raise CaptureError(decision.reason)
-    return result.graphs[""]
+    graph = result.graphs[""]
+    for node in graph.nodes:
+        if isinstance(node.target, Chain) and node.target.spare is not None:
+            node.target.spare.report = region.fault
+    return graph
 
 
 def _shrunk(
@@ -174,6 +179,7 @@ def _forget_calls(model: nn.Module) -> nn.Module:
         if region is not None:
             region.calls = 0
             region.declined.clear()
+            region.faults.clear()
     return model
 
 

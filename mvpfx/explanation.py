@@ -71,6 +71,8 @@ def _calls(model: nn.Module, state: State) -> Iterator[Decision]:
         for reason, calls in region.declined.items():
             text = f"{reason} ({_count(calls, 'call')} ran its own forward)"
             yield Decision(name, "capture", False, text)
+        for reason, times in region.faults.items():
+            yield Decision(name, "native kernels", False, f"{reason} ({_count(times, 'time')})")
         if not (region.calls or region.declined or converted or name in state.graphs):
             yield Decision(name, "capture", False, NOT_CALLED)
 

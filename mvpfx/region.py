@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from mvpfx.call import blank
 from mvpfx.interception import is_capturing
+from mvpfx.net import caught, guarded, is_our_own
 from mvpfx.recomputing import Recomputing
 from mvpfx.recorder import Recorder
 from mvpfx.recording import CaptureError, Recording
@@ -42,6 +43,7 @@ class Region:
         state: the model's record, shared by its regions.
         variants: captured graphs by call signature, or the reason there is none.
         declined: reasons why calls were not captured, and how many calls that was.
+        faults: why native kernels were not used inside of graphs, and how often.
         calls: how many calls ran as a graph.
         configuration: remembers what the module's forward may branch on.
     """
@@ -53,6 +55,7 @@ class Region:
         default_factory=dict[Any, "list[Variant | str]"]
     )
     declined: dict[str, int] = field(default_factory=dict[str, int])
+    faults: dict[str, int] = field(default_factory=dict[str, int])
     calls: int = 0
     configuration: Configuration = field(default_factory=Configuration)
 
@@ -62,6 +65,7 @@ class Region:
             **self.__dict__,
             "variants": {},
             "declined": dict(self.declined),
+            "faults": dict(self.faults),
             "calls": 0,
             "configuration": Configuration(),
         }
@@ -76,18 +80,25 @@ class Region:
         """Run one call of the region: as a graph, or where it cannot be one, by `forward`."""
         if is_capturing():
             return forward(module, *args, **kwargs)
-        flat, spec = flatten(args, kwargs)
+        flat: list[Any] = []
         try:
+            flat, spec = flatten(args, kwargs)
             key = signature(module, flat, spec, self.configuration)
             variant = _find(module, self, key, flat, (args, kwargs), forward)
         except CaptureError as reason:
             variant = str(reason)
+        except Exception as error:
+            variant = caught(error, "looking for a graph")
         if isinstance(variant, str):
             self.declined[variant] = self.declined.get(variant, 0) + 1
             return forward(module, *args, **kwargs)
         self.calls += 1
         with Recomputing():
             return variant.run(flat)
+
+    def fault(self, reason: str) -> None:
+        """Remember that native kernels were not used inside of a graph, and why."""
+        self.faults[reason] = self.faults.get(reason, 0) + 1
 
     def captured(self) -> list[Variant]:
         """What was captured, without gradients first."""
@@ -193,10 +204,13 @@ def capture(
     Raises:
         CaptureError: with the reason, whatever went wrong while recording on fakes; the
             module's own forward then serves, and raises the error if it is one.
+        RefusedError: what the graph shows has to be mended by the user.
     """
     recording = _record(module, call, forward)
-    graph = region.rewrite(module, region, recording.graph)
-    return Variant(module, recording, graph, blank(*call))
+    with guarded("rewriting the graph"):
+        graph = region.rewrite(module, region, recording.graph)
+    with guarded("preparing the graph"):
+        return Variant(module, recording, graph, blank(*call))
 
 
 def capture_graph(module: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> fx.Graph:
@@ -223,6 +237,8 @@ def _record(
     except GuardOnDataDependentSymNode as error:
         raise CaptureError("its control flow depends on data") from error
     except Exception as error:
+        if is_our_own(error):
+            raise CaptureError(caught(error, "recording a call")) from error
         first_line = str(error).partition("\n")[0]
         raise CaptureError(f"{type(error).__name__}: {first_line}") from error
 

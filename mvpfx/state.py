@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from mvpfx.adapters import adapted_model, adds_to_inputs
+from mvpfx.net import RefusedError
 from mvpfx.patterns import specificity
 from mvpfx.site_names import refresh_names
 
@@ -156,7 +157,7 @@ def late_rule(state: State, site: Site) -> Rule | None:
     fitting = {p: c for p, c in state.config.overrides.items() if specificity(p, site) is not None}
     rule = replace(state.config, overrides=fitting).rules([site], [site.name]).get(site.name)
     if rule is not None and state.optimizer_built:
-        raise ValueError(
+        raise RefusedError(
             f"{site.name} feeds a matmul, but had no scores when the optimizer or scheduler was "
             "built. Pass example_inputs= to mvpfx.prepare, call the prepared model once before "
             f'building them, or leave it alone: overrides={{"{site.name}": None}}.'

@@ -48,7 +48,7 @@ class Variant:
         self._leaves = recording.leaves
         self._modules = tuple(module.modules())  # signatures name modules by id: none may be reused
         self._out_spec = recording.out_spec
-        self.function, self._slots = _generate(module, graph)
+        self.function, self._slots = generate(module, graph)
         self._changes_grad_mode = any(n.target is set_grad_enabled for n in graph.nodes)
 
     def inputs(self, flat: list[Any]) -> list[Any]:
@@ -140,7 +140,7 @@ def resolve(module: nn.Module, node: fx.Node) -> Slot:
     raise CaptureError(f"{target} is not held by the region")
 
 
-def _generate(module: nn.Module, graph: fx.Graph) -> tuple[Callable[..., Any], list[Slot]]:
+def generate(module: nn.Module, graph: fx.Graph) -> tuple[Callable[..., Any], list[Slot]]:
     """Compile a graph to a function of its placeholders followed by all it reads."""
     lifted = fx.Graph()
     nodes: dict[fx.Node, fx.Node] = {}

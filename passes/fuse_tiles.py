@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
-from torch import fx
+from torch import fx, nn
 
 from mvpfx.kernels.chain import Chain
 from mvpfx.kernels.plan import Draft, Value, fold, groups_of, offsets_of, passing, slots_of
+from mvpfx.kernels.spare import Spare
 from mvpfx.kernels.step import Part, Place, Step
 from mvpfx.kernels.tiling import Tiling
 from mvpfx.pipeline import Decision, Pass
 from mvpfx.program import Program
+from mvpfx.variant import generate
 
 SLOTS = 100
 """Of the workspace, for each chain of a graph."""
@@ -34,14 +37,15 @@ class FuseTiles(Pass):
     def apply(self, program: Program) -> Iterator[Decision]:
         """Rewrite each graph that has such layers."""
         for region, graph in program.graphs.items():
-            tiling = Tiling(program.model.get_submodule(region), graph)
+            module = program.model.get_submodule(region)
+            tiling = Tiling(module, graph)
             obstacle = tiling.obstacle()
             drafts = [] if obstacle else fold(tiling.drafts())
             if not any(draft.kind == "multiply" for draft in drafts):
                 reason = obstacle or "no layer on native kernels"
                 yield Decision(region, "fuse", False, reason)
                 continue
-            writer = _Writer(drafts)
+            writer = _Writer(module, drafts)
             program.graphs[region] = writer.write(graph)
             steps = sum(draft.kind != "node" for draft in drafts)
             reason = f"{steps} steps in chains: {writer.chains}"
@@ -51,7 +55,8 @@ class FuseTiles(Pass):
 class _Writer:
     """Writes drafts as a graph: chains, and nodes as they were."""
 
-    def __init__(self, drafts: Sequence[Draft]) -> None:
+    def __init__(self, module: nn.Module, drafts: Sequence[Draft]) -> None:
+        self._module = module
         self.groups = groups_of(drafts)
         self.graph = fx.Graph()
         self.chains = 0
@@ -104,9 +109,10 @@ class _Writer:
                 builder.make(draft.makes, offsets.get(number), slots.get(number))
             sources = [self._source(draft, source) for source in draft.sources()]
             builder.step(draft, sources)
-        chain = builder.chain([builder.numbers[n] for n in shared])
-        call = self.graph.call_function(chain, tuple(builder.arguments))
         left = [draft.node for draft in group if draft.kind == "leave"]
+        spare, read = self._spare([node for node in left if node is not None], len(shared))
+        chain = builder.chain([builder.numbers[n] for n in shared], spare)
+        call = self.graph.call_function(chain, (*builder.arguments, *read))
         for position, number in enumerate(shared):
             self._tiles[number] = self.graph.call_function(operator.getitem, (call, position))
         for position, node in enumerate(left, len(shared)):
@@ -114,10 +120,38 @@ class _Writer:
             self._tensors[node] = self.graph.call_function(operator.getitem, (call, position))
             self._tensors[node].meta = dict(node.meta)
 
+    def _spare(self, left: Sequence[fx.Node], handed_on: int) -> tuple[Spare, list[fx.Node]]:
+        """What makes the tensors that leave a chain of those that are there before it, and these.
+
+        Whatever lies between was found to have no effect but its value, or it would not be tiled.
+        """
+        graph, nodes, read = fx.Graph(), dict[fx.Node, fx.Node](), list[fx.Node]()
+        order = _needed(left, self._tensors)
+        for node in (n for n in order if n in self._tensors):
+            nodes[node] = graph.placeholder(node.name)
+            read.append(self._tensors[node])
+        for node in (n for n in order if n not in self._tensors):
+            nodes[node] = graph.node_copy(node, nodes.__getitem__)
+            nodes[node].meta = dict(node.meta)
+        graph.output(tuple(nodes[node] for node in left))
+        return Spare(partial(generate, self._module, graph), len(read), handed_on), read
+
     def _source(self, draft: Draft, source: Any) -> fx.Node | None:
         if isinstance(source, fx.Node):
             return self._tensors[source]
         return None if source is None else self._held_node(source)
+
+
+def _needed(wanted: Sequence[fx.Node], known: Container[fx.Node]) -> list[fx.Node]:
+    """The nodes that `wanted` are computed from, in order, back to those that are known."""
+    found: set[fx.Node] = set()
+    stack = list(wanted)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += () if node in known else node.all_input_nodes
+    return [node for node in wanted[0].graph.nodes if node in found] if wanted else []
 
 
 class _ChainBuilder:
@@ -166,9 +200,9 @@ class _ChainBuilder:
             )
         )
 
-    def chain(self, results: Sequence[int]) -> Chain:
+    def chain(self, results: Sequence[int], spare: Spare) -> Chain:
         """The chain, which returns these values in tiles."""
-        return Chain(self._steps, self._places, results)
+        return Chain(self._steps, self._places, results, spare)
 
     def _argument(self, node: fx.Node) -> int:
         if node not in self.arguments:

@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 
 from mvpfx.kernels.library import INSTRUCTIONS, isa, use_isa
+from mvpfx.net import SWITCH
 from mvpfx.training_kernels import library as training_kernels
 
+os.environ[SWITCH] = "off"  # so that the net under optimisations hides no fault
 torch.set_num_threads(1)
 FEW_MODELS = {"BERT", "Llama", "bert", "convolutions", "nn.TransformerEncoder", "tied weights"}
 """What stands for all where a test marked `every_model` repeats over the argument `name`."""

@@ -221,6 +221,8 @@ class PackedCache:
         """The packed form of `layers` as they are now."""
         packed = self._packed
         if packed is None or packed.tile != tile_tokens() or not self._watch.holds(layers):
-            packed = self._packed = PackedWeight(layers)
+            self._packed = None  # whatever fails now, the next call begins again
+            packed = PackedWeight(layers)
             self._watch.see(layers, range(len(layers)), ())
+            self._packed = packed
         return packed
