@@ -37,6 +37,10 @@ class Comparison:
         """The version among `versions` with the lowest median."""
         return min(versions, key=lambda name: self.latency[name].median_ms)
 
+    def is_clearly_faster(self, version: str, other: str) -> bool:
+        """Whether one version takes less time than another, by more than both scatter."""
+        return self.latency[version].is_clearly_below(self.latency[other])
+
 
 def compare_models(
     masked: nn.Module, versions: Mapping[str, nn.Module], example_inputs: Any

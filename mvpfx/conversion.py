@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from mvpfx import store
-from mvpfx.comparison import agree, compare_models
+from mvpfx.comparison import Comparison, agree, compare_models
 from mvpfx.computed import duplicate
 from mvpfx.distributed import check_whole
-from mvpfx.facts import REDUCED, SPARSE
+from mvpfx.facts import NATIVE_DENSE, REDUCED, SPARSE
 from mvpfx.kernels.chain import Chain
 from mvpfx.kernels.fused_region import FusedRegion
-from mvpfx.kernels.library import LIBRARY
+from mvpfx.kernels.library import LIBRARY, MISSING
 from mvpfx.native_linear import NativeLinear
 from mvpfx.passes.capture import Capture
 from mvpfx.passes.choose_storage import HOPELESS, ChooseStorage
@@ -28,7 +30,7 @@ from mvpfx.passes.insert_masks import InsertMasks
 from mvpfx.passes.lower_matmuls import LowerMatmuls
 from mvpfx.passes.propagate_layout import PropagateLayout
 from mvpfx.passes.shrink_dims import ShrinkDims, narrows_results
-from mvpfx.pipeline import Record, run
+from mvpfx.pipeline import Decision, Record, run
 from mvpfx.program import Program, copy_graph
 from mvpfx.recording import CaptureError
 from mvpfx.region import Region, captured, make_region, region_modules, region_of
@@ -41,6 +43,7 @@ from mvpfx.totals import measure_totals
 CSR_PAYS = 1.25
 """How many times as long as the native kernel csr may take at a site, and still be worth a try for
 the whole model; natively, neighbours save what getting into tiles costs a site by itself."""
+UNTOUCHED = "the model as it was is faster than a smaller one"
 EDGES = 3.0
 """How many times as long as the dense matmul a native one may take by itself, into tiles and out of
 them, and still pay in a chain that has few such edges."""
@@ -74,7 +77,15 @@ def convert(
         RuntimeError: the outputs differ by more than `TOLERANCE` allows; nothing is returned.
     """
     shrink = ShrinkDims(multiple_of, returned=example_inputs is not None)
-    choose, model = ChooseStorage(lowering), unwrapped(model)
+    with torch.inference_mode(False):  # whose tensors would not tell when they are written to
+        return _convert(model, example_inputs, shrink, ChooseStorage(lowering))
+
+
+def _convert(
+    model: nn.Module, example_inputs: Any, shrink: ShrinkDims, choose: ChooseStorage
+) -> nn.Module:
+    model = unwrapped(model)
+    _warn_without_kernels(model, choose.lowering)
     check_whole(model)
     source = duplicate(model).eval()
     drop_runtimes(source)
@@ -94,17 +105,62 @@ def convert(
     if example_inputs is not None:
         versions = {"dense": _plain(folded), name: small}
         smaller = any(decision.applied for record in shrinking for decision in record.decisions)
-        others = _alternatives(chosen, shrunk, smaller) if lowering == "auto" else {}
+        auto = choose.lowering == "auto"
+        others = _alternatives(chosen, shrunk, smaller) if auto else {}
         versions |= {other: _plain(result) for other, (result, _) in others.items()}
         comparison = compare_models(source, versions, example_inputs)
-        name = comparison.fastest(name, *others)
+        dense = _dense_version(chosen, smaller)
+        name = _fastest(comparison, dense, [name, *others]) if auto else name
         if name in others:
             (chosen, lowerings), small = others[name], versions[name]
+        if auto and smaller and comparison.is_clearly_faster("dense", name):
+            shrinking = [_undone(record, comparison, name) for record in shrinking]
+            name, small = "dense", versions["dense"]
+            steps = (ChooseStorage("dense", why=UNTOUCHED), PropagateLayout(), LowerMatmuls())
+            chosen, lowerings = run(steps, folded)
     records = [*records, *shrinking, *lowerings]
     totals = [measure_totals(version, example_inputs) for version in (folded.model, small)]
     report = make_report(chosen, records, comparison, name, totals)
     attach_state(small, State(records=records, report=report, graphs=chosen.graphs))
     return _forget_calls(small)
+
+
+def _dense_version(chosen: Program, smaller: bool) -> str:
+    """The name of the version without sparse storages."""
+    if not {*chosen.storages.values()} & {*SPARSE, NATIVE_DENSE}:
+        return "converted"
+    return "all dense" if smaller else "dense"
+
+
+def _fastest(comparison: Comparison, dense: str, names: list[str]) -> str:
+    """The version to take: one with sparse storages where that is faster than the dense one by more
+    than timings scatter.
+    """
+    sparse = [name for name in names if name != dense]
+    if not sparse:
+        return dense
+    best = comparison.fastest(*sparse)
+    return best if comparison.is_clearly_faster(best, dense) else dense
+
+
+def _undone(record: Record, comparison: Comparison, name: str) -> Record:
+    """What is recorded of a pass whose result was measured as slower than what it was given."""
+    before, after = (comparison.latency[version].median_ms for version in ("dense", name))
+    reason = f"the smaller model is slower: {before:.3f} ms -> {after:.3f} ms"
+    declined = (Decision("", "shrink", False, reason),)
+    return replace(record, after=record.before, decisions=declined, modified=False)
+
+
+def _warn_without_kernels(model: nn.Module, lowering: str) -> None:
+    """Say that a CPU's native kernels are missing, where they could be chosen."""
+    on_cpu = any(p.device.type == "cpu" for p in model.parameters())
+    if LIBRARY is None and on_cpu and lowering in ("auto", "native"):
+        warnings.warn(
+            f"sparse weights are multiplied by torch.sparse or stay dense: {MISSING}. Install one "
+            'and then mvpfx again, or pass lowering="dense" or "csr".',
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -121,7 +177,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises:
         ValueError: a file is missing, damaged, or does not fit; the text says which and where.
     """
-    return fuse(store.load(folder, model))
+    with torch.inference_mode(False):
+        return fuse(store.load(folder, model).requires_grad_(False))
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -147,8 +204,10 @@ def fuse_region(module: nn.Module, region: Region, graph: fx.Graph) -> fx.Graph:
     """Put chains into a graph that was recorded at a region's first call of its kind.
 
     Raises:
-        CaptureError: there is nothing to fuse.
+        CaptureError: there is nothing to fuse, or the forward asks for gradients of its own.
     """
+    if any(getattr(node.meta.get("val"), "requires_grad", False) for node in graph.nodes):
+        raise CaptureError("its forward asks for gradients itself")
     result, (record,) = run((FuseTiles(),), Program(module, graphs={"": graph}, regions=[""]))
     for decision in record.decisions:
         if not decision.applied:
@@ -227,4 +286,4 @@ def _plain(program: Program) -> nn.Module:
     model = duplicate(program.model)
     restore(model)
     detach_state(model)
-    return fuse(program.build(model).eval())
+    return fuse(program.build(model).eval().requires_grad_(False))

@@ -32,6 +32,16 @@ class Quartiles:
     low_ms: float
     high_ms: float
 
+    def is_clearly_below(self, other: Quartiles) -> bool:
+        """Whether this is less than `MARGIN` of the other, and by more than both scatter.
+
+        >>> Quartiles(2.0, 1.9, 2.2).is_clearly_below(Quartiles(3.0, 2.5, 4.0))
+        True
+        >>> Quartiles(2.0, 1.9, 2.6).is_clearly_below(Quartiles(3.0, 2.5, 4.0))
+        False
+        """
+        return self.median_ms < MARGIN * other.median_ms and self.high_ms < other.low_ms
+
 
 def compare(
     functions: Mapping[str, Callable[[], object]],

@@ -9,6 +9,7 @@ from torch import nn
 
 from mvpfx.facts import NATIVE
 from mvpfx.kernels.library import MISSING, isa
+from mvpfx.kernels.operators import faults
 from mvpfx.pipeline import Decision
 from mvpfx.region import NOT_CALLED, region_of
 from mvpfx.report import Report
@@ -61,7 +62,10 @@ def _calls(model: nn.Module, state: State) -> Iterator[Decision]:
     converted = state.report is not None
     names = [name for name, _ in model.named_modules()] if converted else state.regions
     for name in names:
-        region = region_of(model.get_submodule(name))
+        module = model.get_submodule(name)
+        for reason, times in faults(module).items():
+            yield Decision(name, "native kernels", False, f"{reason} ({_count(times, 'time')})")
+        region = region_of(module)
         if region is None:
             continue
         if region.calls:

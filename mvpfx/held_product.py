@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mvpfx.distributed import is_sharded
 from mvpfx.torch_private import transforms_active
+from mvpfx.traces import dispatch_modes_active
 
 
 class _Made(NamedTuple):
@@ -35,14 +36,14 @@ class HeldProduct:
         self, weight: Tensor, state: Callable[[], Hashable], make: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """The masked weight now. Only that of a whole parameter is held, and none that is
-        transformed, or of inference mode, where nobody counts what is written.
+        transformed or traced, or of inference mode, where nobody counts what is written.
 
         Args:
             weight: the parameter.
             state: what else the result depends on: returns the same object until it changes.
             make: computes the result from the weight.
         """
-        if transforms_active():
+        if transforms_active() or dispatch_modes_active():
             return make(weight)
         made = self._made
         if (

@@ -17,7 +17,13 @@ from mvpfx.held_product import HeldProduct
 from mvpfx.mask_operator import register_source
 from mvpfx.schedule import Rewind, Schedule
 from mvpfx.site import Site
-from mvpfx.torch_private import is_fake, transforms_active, transforms_off, untransformed
+from mvpfx.torch_private import (
+    is_fake,
+    transforms_active,
+    transforms_off,
+    untransformed,
+)
+from mvpfx.traces import is_traced, untraced
 from mvpfx.weight_layout import Layout
 
 if TYPE_CHECKING:
@@ -26,10 +32,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def nothing_recorded() -> Generator[None]:
-    """Outside of autograd, inference mode and all transforms, whichever there are."""
+    """Outside of autograd, inference mode, transforms and traces, whichever there are."""
     with torch.no_grad():
-        if torch.is_inference_mode_enabled() or transforms_active():
-            with torch.inference_mode(False), transforms_off():
+        if torch.is_inference_mode_enabled() or transforms_active() or is_traced():
+            with torch.inference_mode(False), transforms_off(), untraced():
                 yield
         else:
             yield

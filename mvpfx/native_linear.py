@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from mvpfx.kernels.changes import LooksAgain
 
-class NativeLinear(nn.Linear):
+
+class NativeLinear(LooksAgain, nn.Linear):
     """`nn.Linear`, computed in the chains of the sparse layers around it.
 
     Between two sparse layers a dense product on torch's kernels costs more than itself: tiles leave

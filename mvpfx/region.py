@@ -22,6 +22,7 @@ from mvpfx.signature import Configuration, flatten, signature
 from mvpfx.sizes import UnknownSizeError
 from mvpfx.swap import MASK_SUFFIX, masked_names, original_class, runtime_of, set_runtime
 from mvpfx.torch_private import GuardOnDataDependentSymNode
+from mvpfx.traces import is_traced
 from mvpfx.transformers_types import is_checkpointed_block, is_idle_hook
 from mvpfx.variant import Variant
 
@@ -78,7 +79,7 @@ class Region:
         kwargs: dict[str, Any],
     ) -> Any:
         """Run one call of the region: as a graph, or where it cannot be one, by `forward`."""
-        if is_capturing():
+        if is_capturing() or is_traced():
             return forward(module, *args, **kwargs)
         flat: list[Any] = []
         try:
@@ -87,14 +88,18 @@ class Region:
             variant = _find(module, self, key, flat, (args, kwargs), forward)
         except CaptureError as reason:
             variant = str(reason)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  the net
             variant = caught(error, "looking for a graph")
         if isinstance(variant, str):
-            self.declined[variant] = self.declined.get(variant, 0) + 1
+            self.decline(variant)
             return forward(module, *args, **kwargs)
         self.calls += 1
         with Recomputing():
             return variant.run(flat)
+
+    def decline(self, reason: str) -> None:
+        """Remember that a call ran the module's own forward, and why."""
+        self.declined[reason] = self.declined.get(reason, 0) + 1
 
     def fault(self, reason: str) -> None:
         """Remember that native kernels were not used inside of a graph, and why."""

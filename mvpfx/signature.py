@@ -71,6 +71,9 @@ def signature(
         if isinstance(value, Tensor):
             if is_fake(value) or type(value) not in (Tensor, nn.Parameter):
                 raise CaptureError(f"an argument is a {type(value).__name__}")
+            if value.layout is not torch.strided or value.is_nested:
+                kind = "nested tensor" if value.is_nested else str(value.layout)
+                raise CaptureError(f"an argument is a {kind}, not an ordinary tensor")
             devices.add(value.device.type)
             small = tuple(min(size, 2) for size in value.shape)  # 0 and 1 are no symbols
             leaves.append(
@@ -123,6 +126,11 @@ class Configuration:
         if self._current < 0 or not self._holds():
             self._look(module)
         return self._current
+
+    def modules(self, module: nn.Module) -> list[nn.Module]:
+        """The modules that there are, without masks."""
+        self.number(module)
+        return self._parts
 
     def _holds(self) -> bool:
         try:

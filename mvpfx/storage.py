@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvpfx.kernels import operators
+from mvpfx.kernels.changes import LooksAgain
 from mvpfx.sparse_matmul import (
     INDEX_DTYPE,
     TILE,
@@ -29,13 +30,15 @@ from mvpfx.sparse_matmul import (
     to_dense,
     transposes,
 )
+from mvpfx.torch_private import transforms_active
+from mvpfx.traces import dispatch_modes_active, is_traced
 
 Layout = Literal["feature_major", "token_major", "tiled"]
 BLOCKS = (32, 16, 8, 4)
 """Block sizes of BSR, preferred first."""
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(LooksAgain):
     """`y = x W^T + b` with `W` `[N, K]` stored as CSR, or as BSR with square blocks.
 
     `values` is a parameter and trains (zeros stay zeros); indices are buffers. The state dict
@@ -157,6 +160,9 @@ class SparseLinear(nn.Module):
 
         The result's dtype is the input's, or autocast's where autocast is on.
         """
+        if is_traced() or transforms_active() or x.layout is not torch.strided or x.is_nested:
+            # Plain operations: every trace, transform and ONNX knows them, torch for such inputs.
+            return F.linear(x, self.dense(), self.bias)
         if x.shape[-1] != self.in_features:
             raise ValueError(
                 f"the input has {x.shape[-1]} features, and this layer takes {self.in_features}."
@@ -207,14 +213,16 @@ class SparseLinear(nn.Module):
         # The operator is what autograd, torch.compile, torch.export and fake tensors see; where
         # none of them looks, its kernel alone saves 10 microseconds a call.
         plain = type(x) is Tensor and not torch.compiler.is_compiling()
+        plain = plain and not dispatch_modes_active()
         if not plain and torch.onnx.is_in_onnx_export():  # which has no sparse matmul
             return F.linear(x, self.dense(), bias)
-        if self.output_layout == "tiled" and operators.serves(x, self.values):
-            if plain and not (operators.as_operator.entered or self.values.is_inference()):
+        gradient = torch.is_grad_enabled() and self._needs_gradient(x)
+        if self.output_layout == "tiled" and not gradient and operators.serves(x, self.values):
+            if plain and not operators.as_operator.entered:
                 return operators.run(self, x)
             y = torch.ops.mvpfx.tiled_linear(*matrix, bias, flat, rows)
             return y.view(*front, rows)
-        if not plain or torch.is_grad_enabled():
+        if not plain or gradient:
             y = torch.ops.mvpfx.sparse_linear(*matrix, bias, flat.t().contiguous(), rows).t()
         elif len(flat) <= 2 * TILE or not x.is_cpu:
             y = multiply(*matrix, bias, transposes.of(x, flat), rows).t()
@@ -223,6 +231,11 @@ class SparseLinear(nn.Module):
         if self.output_layout != "feature_major":
             y = y.contiguous()
         return y.view(*front, rows)
+
+    def _needs_gradient(self, x: Tensor) -> bool:
+        bias = self.bias
+        trains = self.values.requires_grad or (bias is not None and bias.requires_grad)
+        return trains or x.requires_grad
 
 
 def stored_fraction(weight: Tensor, block: int) -> float:

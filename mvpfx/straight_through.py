@@ -11,6 +11,7 @@ from torch import Tensor
 from mvpfx.granularity import from_matrix
 from mvpfx.recomputing import product, remember
 from mvpfx.torch_private import transforms_active
+from mvpfx.traces import is_traced
 from mvpfx.training_kernels import library
 from mvpfx.weight_layout import Layout
 
@@ -125,7 +126,7 @@ def apply_mask(
         return weight if mask is None else weight * mask if compiling else product(weight, mask)
     if scores is None and mask is None:
         return weight
-    if not compiling and transforms_active():
+    if not compiling and (transforms_active() or is_traced()):
         return _as_plain_operations(weight, scores, mask, layout, whole)
     if scores is None and compiling and mask is not None and not whole:
         return weight * mask
@@ -136,8 +137,8 @@ def apply_mask(
 def _as_plain_operations(
     weight: Tensor, scores: Tensor | None, mask: Tensor | None, layout: Layout, whole: bool
 ) -> Tensor:
-    """The same with zeros that carry the gradient, which all transforms of torch.func understand;
-    slower and in need of more memory.
+    """The same with zeros that carry the gradient, which all transforms of torch.func and all
+    traces understand; slower and in need of more memory.
     """
     masked = weight if mask is None else weight * mask
     if whole:

@@ -48,6 +48,11 @@ REQUIRED: dict[str, tuple[str, ...]] = {
         "_current_graph_task_id",
         "_are_functorch_transforms_active",
         "_len_torch_dispatch_stack",
+        "_get_dispatch_mode",
+        "_TorchDispatchModeKey",
+        "_is_tracing",
+        "_get_tracing_state",
+        "_set_tracing_state",
     ),
     "torch._C._autograd": ("_top_saved_tensors_default_hooks", "_saved_tensors_hooks_is_enabled"),
     "torch._C._nn": ("linear",),
@@ -101,6 +106,10 @@ CHECKPOINT_GENERATOR = next(n for n in _GENERATORS if hasattr(torch.utils.checkp
 set_grad_enabled = torch._C._set_grad_enabled
 linear = torch._C._nn.linear
 grouped_mm = torch._grouped_mm
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+is_jit_tracing: Callable[[], bool] = torch._C._is_tracing
+get_tracing_state: Callable[[], Any] = torch._C._get_tracing_state
+set_tracing_state: Callable[[Any], None] = torch._C._set_tracing_state
 has_amx: Callable[[], bool] = torch.cpu._is_amx_tile_supported
 has_avx512_bf16: Callable[[], bool] = torch.cpu._is_avx512_bf16_supported
 canonical_mask: Callable[..., Tensor | None] = torch.nn.functional._canonical_mask
@@ -253,9 +262,9 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def dispatch_modes_active() -> bool:
-    """Whether a mode sees every operation: counts FLOPs, makes fakes, records."""
-    return torch._C._len_torch_dispatch_stack() > 0
+def has_proxy_mode() -> bool:
+    """Whether `make_fx` writes down operations."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def saved_tensor_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:

@@ -1,8 +1,8 @@
 """Choose how each site's weight is stored: dense, reduced, csr, bsr, native or native_dense.
 
-A sparse storage is taken only where it is clearly faster than the dense matmul of the same
-(shrunken) shape, transposes at both edges included: measured at the token count of the example
-inputs, or by the break-even table where there are none.
+A sparse storage is taken only where it is faster, by more than timings scatter, than the dense
+matmul of the same (shrunken) shape, transposes at both edges included: measured at the token count
+of the example inputs, or by the break-even table where there are none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mvpfx.break_even import break_even
-from mvpfx.cost import MARGIN, measure_storages
+from mvpfx.cost import Quartiles, measure_storages
 from mvpfx.facts import NATIVE_DENSE, REDUCED, SPARSE
 from mvpfx.kernels.library import no_kernels
 from mvpfx.layer import Layer, find_layers, is_linear, is_own_call, tied_names
@@ -134,12 +134,13 @@ class ChooseStorage(Pass):
         candidates = {name: block for name, block in blocks.items() if block}
         if tokens is None:
             return _by_table(weight, candidates, dense)
-        times = stopwatch.measure(weight, layer.bias(program), layer.out_dim, tokens, candidates)
-        before = times["dense"]
+        found = stopwatch.measure(weight, layer.bias(program), layer.out_dim, tokens, candidates)
+        # The lower quartile: what a busy machine adds is not the storage's cost.
+        times = {name: quartiles.low_ms for name, quartiles in found.items()}
         best = min(candidates, key=times.__getitem__)
         listed = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
         where = f"at {tokens} tokens, density {program.density(site.name):.2f}: {listed}"
-        chosen = best if times[best] < MARGIN * before else dense
+        chosen = best if found[best].is_clearly_below(found["dense"]) else dense
         program.timings[site.name] = Timing(tokens, times)
         return chosen, f"measured {where}"
 
@@ -147,8 +148,8 @@ class ChooseStorage(Pass):
 @dataclass
 class _Stopwatch:
     rounds: int
-    _known: dict[tuple[object, ...], dict[str, float]] = field(
-        default_factory=dict[tuple[object, ...], dict[str, float]]
+    _known: dict[tuple[object, ...], dict[str, Quartiles]] = field(
+        default_factory=dict[tuple[object, ...], dict[str, Quartiles]]
     )
 
     def measure(
@@ -158,16 +159,16 @@ class _Stopwatch:
         out_dim: int,
         tokens: int,
         candidates: dict[str, int],
-    ) -> dict[str, float]:
+    ) -> dict[str, Quartiles]:
         """Return milliseconds of dense and of each candidate storage."""
         nonzero = round(50 * int(torch.count_nonzero(weight)) / weight.numel())
         key = (*weight.shape, weight.dtype, str(weight.device), out_dim, bias is None, tokens)
         key = (*key, nonzero, *candidates.items())
         if key not in self._known:
             strided = weight.contiguous() if out_dim == 0 else weight.t().contiguous().t()
-            times = measure_storages(strided, bias, tokens, candidates, self.rounds, BUDGET_SECONDS)
-            # The lower quartile: what a busy machine adds is not the storage's cost.
-            self._known[key] = {name: t.low_ms for name, t in times.items()}
+            self._known[key] = measure_storages(
+                strided, bias, tokens, candidates, self.rounds, BUDGET_SECONDS
+            )
         return self._known[key]
 
 

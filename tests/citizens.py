@@ -55,8 +55,12 @@ def native_dense(model: nn.Module, batch: Any) -> nn.Module:
     def last(_: Comparison, *versions: str) -> str:
         return versions[-1]
 
+    def is_clearly_faster(_: Comparison, version: str, other: str) -> bool:
+        return version != "dense"
+
     with (
         mock.patch.object(Comparison, "fastest", last),
+        mock.patch.object(Comparison, "is_clearly_faster", is_clearly_faster),
         mock.patch("mvpfx.conversion.EDGES", math.inf),
     ):
         return mvpfx.convert(model, example_inputs=batch)

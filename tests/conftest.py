@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from mvpfx.kernels import library as kernels
 from mvpfx.kernels.library import INSTRUCTIONS, isa, use_isa
 from mvpfx.net import SWITCH
 from mvpfx.training_kernels import library as training_kernels
@@ -18,6 +19,12 @@ FEW_MODELS = {"BERT", "Llama", "bert", "convolutions", "nn.TransformerEncoder", 
 
 LONGEST = "test_random_graphs.py"
 """One test of it takes longer than many files; begun last, all other workers would wait for it."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without native kernels each conversion says so; tests are not about that."""
+    if kernels.LIBRARY is None:
+        config.addinivalue_line("filterwarnings", "ignore:sparse weights are multiplied by torch")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -160,6 +161,7 @@ def test_tensors_that_are_changed(how: str) -> None:
 
 def test_gradients_run_the_modules() -> None:
     model, small, batch = native("bert")
+    small.requires_grad_()
     calls = {name: region.calls for name, region in regions(small).items()}
     found, wanted = small(**batch).logits, model(**batch).logits
     assert (found - wanted).abs().max() <= 1e-5
@@ -242,6 +244,7 @@ def test_explain_tells_what_ran_as_chains() -> None:
     _, small, batch = native("bert")
     assert "ran as" not in mvpfx.explain(small)
     call(small, batch)
+    small.requires_grad_()
     small(**batch)  # with gradients: it runs as it is, and that is no refusal
     assert mvpfx.explain(small).startswith("(model)\n  + capture: 1 call ran as 1 graph\n")
     _, cached, batch = native("llama_cached")
@@ -257,7 +260,10 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     small = mvpfx.convert(model, example_inputs=batch, lowering="csr")
     text = mvpfx.explain(small)
     assert text.count(f"Sparse weights are multiplied by torch.sparse: {MISSING}.") == 1
-    asked = mvpfx.convert(model, example_inputs=batch, lowering="native")
+    message = f"sparse weights are multiplied by torch.sparse or stay dense: {MISSING}. Install one"
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}") as warned:
+        asked = mvpfx.convert(model, example_inputs=batch, lowering="native")
+    assert len(warned) == 1 and warned[0].filename == __file__
     assert f"- store as native: {MISSING}; stays dense" in mvpfx.explain(asked)
     native_layer = SparseLinear.from_dense(torch.eye(8), output_layout="tiled")
     x = torch.randn(3, 8)

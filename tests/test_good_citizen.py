@@ -91,6 +91,8 @@ def test_generation_with_a_cache(name: str, lowering: str) -> None:
 @every_storage
 def test_fine_tuning_reaches_all_that_is_left(name: str, lowering: str) -> None:
     _, small, batch = citizen(name, lowering)
+    assert not any(p.requires_grad for p in small.parameters())
+    small.requires_grad_()
     sizes = shapes(small)
     empty = {n: unstored(layer) for n, layer in sparse_layers(small).items()}
     optimizer = torch.optim.Adam(small.parameters(), lr=1e-3)

@@ -91,7 +91,7 @@ def test_a_changed_weight_counts_at_once() -> None:
 
 def test_gradients_reach_its_weight() -> None:
     model, batch = ffn()
-    small: Any = native_dense(model, batch)
+    small: Any = native_dense(model, batch).requires_grad_()
     small(*batch).sum().backward()
     assert small[0].up.weight.grad.shape == (40, 48)
 

@@ -86,7 +86,7 @@ def test_in_a_fresh_process(tmp_path: Path) -> None:
 def test_a_loaded_model_trains_and_is_saved_again(tmp_path: Path) -> None:
     small, batch = converted("bert", "csr")
     mvpfx.save(small, tmp_path / "m")
-    loaded = mvpfx.load(tmp_path / "m").train()
+    loaded = mvpfx.load(tmp_path / "m").train().requires_grad_()
     loaded(**batch).loss.backward()
     assert all(p.grad is not None for n, p in loaded.named_parameters() if "key.bias" not in n)
     mvpfx.save(loaded, tmp_path / "again")

@@ -89,7 +89,7 @@ class Chain:
             return spare.run(arguments[own:])
         try:
             return self._run(arguments)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  the net
             reason = caught(error, "a chain on native kernels")
         if spare.report is not None:
             spare.report(reason)

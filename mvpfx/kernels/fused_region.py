@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mvpfx.net import caught
 from mvpfx.region import Region
+from mvpfx.torch_private import pytree
+from mvpfx.traces import dispatch_modes_active
+from mvpfx.transformers_types import is_cache
 
 
 @dataclass
 class FusedRegion(Region):
     """The runtime of one region; what it cannot fuse runs the module's own forward.
 
-    Gradients, autocast, and whatever traces the model (torch.compile, torch.export, ONNX) see the
-    module as it is, with its sparse layers.
+    Where a gradient is asked for, under autocast, and where something traces the model
+    (torch.compile, torch.export, ONNX) the module runs as it is, with its sparse layers.
 
     Attributes:
         once: whether to give up at the first call that has no graph; regions inside of this one
@@ -38,17 +42,36 @@ class FusedRegion(Region):
         """Run one call."""
         if (
             (self.once and self._gave_up())
-            or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
-            or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-            or torch.onnx.is_in_onnx_export()
+            or dispatch_modes_active()
+            or (torch.is_grad_enabled() and self._needs_gradient(module, args, kwargs))
         ):
             return forward(module, *args, **kwargs)
-        dtype = next(module.parameters()).dtype
+        dtype = next((p.dtype for p in module.parameters()), None)
         if dtype is not self.dtype:  # arguments may be token ids, which do not tell
             self.variants.clear()
             self.dtype = dtype
         return super().call(module, forward, args, kwargs)
+
+    def _needs_gradient(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether a gradient is asked for of anything that the call reads, or may be."""
+        try:
+            return self._reads_gradient(module, args, kwargs)
+        except Exception as error:  # noqa: BLE001  the net
+            self.decline(caught(error, "looking for gradients"))
+            return True
+
+    def _reads_gradient(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        for part in self.configuration.modules(module):
+            for parameter in part._parameters.values():
+                if parameter is not None and parameter.requires_grad:
+                    return True
+        given = pytree.tree_leaves((args, kwargs), is_leaf=is_cache)
+        return any(isinstance(value, Tensor) and value.requires_grad for value in given)
 
     def _gave_up(self) -> bool:
         return any(isinstance(one, str) for known in self.variants.values() for one in known)

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mvpfx.kernels.changes import fingerprint
+from mvpfx.kernels.changes import looks as looks_counter
 from mvpfx.kernels.library import LIBRARY, tile_tokens
 from mvpfx.native_linear import NativeLinear
 from mvpfx.sparse_matmul import block_of, check_sizes, to_dense
@@ -116,11 +118,18 @@ def _nothing() -> None:
 class Watch:
     """Remembers tensors, and tells whether they are what they were.
 
-    Tensors that were made in inference mode do not tell when they change: those never are. A model
-    asks this of all its weights in each call, so what is remembered lies in lists.
+    Where that may have changed without being counted, their values are looked at. A model asks this
+    of all its weights in each call, so what is remembered lies in lists.
+
+    Args:
+        values: whether values are remembered too; else tensors are taken for others wherever one
+            would have to look at them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, values: bool = False) -> None:
+        self._looks_at_values = values
+        self._values: list[int] = []
+        self._looks = -1
         self._layers: list[int] = []
         self._tensors: list[int] = []
         self._known: list[Callable[[], Tensor | None]] = []
@@ -130,18 +139,28 @@ class Watch:
     def see(self, arguments: Sequence[Any], layers: Iterable[int], tensors: Iterable[int]) -> None:
         """Watch the weights and biases of layers, and tensors, at these positions."""
         self._layers, self._tensors = list(layers), list(tensors)
-        now = self._look(arguments)
+        looks, now = looks_counter.count, self._look(arguments)
         self._sure = not any(tensor is not None and tensor.is_inference() for tensor in now)
         self._known = [_nothing if tensor is None else weakref.ref(tensor) for tensor in now]
         self._states = _states(now) if self._sure else []
+        self._values = _fingerprints(now) if self._looks_at_values else []
+        self._looks = looks
 
     def holds(self, arguments: Sequence[Any]) -> bool:
         """Whether all are what they were."""
-        if not self._sure:
+        looks = looks_counter.count
+        unseen = not self._sure or looks != self._looks
+        if unseen and not self._looks_at_values:
             return False
         now = self._look(arguments)
-        same = all(map(is_, now, [known() for known in self._known]))
-        return same and _states(now) == self._states
+        if not all(map(is_, now, [known() for known in self._known])):
+            return False
+        if self._sure and _states(now) != self._states:
+            return False
+        if unseen and _fingerprints(now) != self._values:
+            return False
+        self._looks = looks
+        return True
 
     def _look(self, arguments: Sequence[Any]) -> list[Tensor | None]:
         layers = [arguments[i] for i in self._layers]
@@ -170,6 +189,10 @@ def check_memory(*tensors: Tensor | None) -> None:
                     f"a tensor of {list(tensor.shape)} needs {needed} bytes, and its memory has "
                     f"{held}. Assign a tensor that has its memory."
                 )
+
+
+def _fingerprints(tensors: Iterable[Tensor | None]) -> list[int]:
+    return [fingerprint(tensor) for tensor in tensors if tensor is not None]
 
 
 def values_of(layer: Any) -> Any:
@@ -211,10 +234,10 @@ def _tensors_of(layer: Any) -> dict[str, Any]:
 
 
 class PackedCache:
-    """The packed form of some layers, made anew when one of their tensors has changed."""
+    """The packed form of some layers, made again when one of their tensors has changed."""
 
     def __init__(self) -> None:
-        self._watch = Watch()
+        self._watch = Watch(values=True)
         self._packed: PackedWeight | None = None
 
     def of(self, layers: Sequence[Any]) -> PackedWeight:
@@ -222,7 +245,7 @@ class PackedCache:
         packed = self._packed
         if packed is None or packed.tile != tile_tokens() or not self._watch.holds(layers):
             self._packed = None  # whatever fails now, the next call begins again
+            self._watch.see(layers, range(len(layers)), ())  # before, lest a write be missed
             packed = PackedWeight(layers)
-            self._watch.see(layers, range(len(layers)), ())
             self._packed = packed
         return packed

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mvpfx.native import Interface
-from mvpfx.torch_private import dispatch_modes_active
+from mvpfx.traces import dispatch_modes_active
 
 _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "mvpfx_mask": (None, (c_void_p, c_void_p, c_void_p, c_int64, c_int)),
