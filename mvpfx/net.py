@@ -34,6 +34,10 @@ class RefusedError(ValueError):
     """What the user has to mend before a call can run; it passes through the net."""
 
 
+class RefusedTypeError(TypeError):
+    """The same of a dtype."""
+
+
 def is_on() -> bool:
     """Whether faults are caught."""
     return os.environ.get(SWITCH, "").lower() != "off"
@@ -49,7 +53,7 @@ def caught(error: Exception, what: str) -> str:
     Raises:
         Exception: `error` itself, where the net is off or the user has to mend it.
     """
-    if isinstance(error, RefusedError) or not is_on():
+    if isinstance(error, (RefusedError, RefusedTypeError)) or not is_on():
         raise error
     first_line = str(error).partition("\n")[0]
     reason = f"{what} failed: {type(error).__name__}: {first_line}"

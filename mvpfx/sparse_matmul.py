@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvpfx.net import RefusedError
+
 WIDE_DTYPES = (torch.float32, torch.float64)
 """What torch multiplies in every storage and block size; others go by way of float32 on a CPU, and
 in blocks on any device."""
@@ -40,13 +42,13 @@ def check_sizes(crow: Tensor, col: Tensor, values: Tensor, bias: Tensor | None, 
     """
     block = block_of(values)
     if len(crow) * block != rows + block or len(values) != len(col):
-        raise ValueError(
+        raise RefusedError(
             f"a sparse weight of {rows} rows has {len(crow)} row starts, {len(col)} column indices "
             f"and values of {list(values.shape)}. Needed: {rows // block + 1} row starts, and one "
             "column index for each value or block."
         )
     if bias is not None and tuple(bias.shape) != (rows,):
-        raise ValueError(
+        raise RefusedError(
             f"a sparse layer of {rows} output features has a bias of {list(bias.shape)}. "
             f"Assign one of [{rows}], or None."
         )

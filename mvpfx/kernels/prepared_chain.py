@@ -18,6 +18,7 @@ from mvpfx.kernels.library import DTYPES, LIBRARY, CSlice, CStep, isa, tile_toke
 from mvpfx.kernels.step import Part, Step
 from mvpfx.kernels.tiles import Tiles, geometry_of, padded_tokens, workspace
 from mvpfx.kernels.weight import PackedWeight, Watch, check_memory, values_of
+from mvpfx.net import RefusedError, RefusedTypeError
 
 if TYPE_CHECKING:
     from mvpfx.kernels.chain import Chain
@@ -91,7 +92,7 @@ class PreparedChain:
                 found |= {values_of(arguments[source]).dtype for source in step.sources}
         if found - set(DTYPES) or len(found) > 1:
             kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
-            raise TypeError(
+            raise RefusedTypeError(
                 f"native kernels met {kinds}, and take float32 or bfloat16, alike for activations "
                 "and weights. Convert the whole model with .to(dtype)."
             )
@@ -128,7 +129,7 @@ class PreparedChain:
                 f"activations came in tiles of {self.geometry.tile} tokens, which is not what "
                 f"{isa()} computes in. Choose the instruction set before the model is called."
             )
-        raise ValueError(
+        raise RefusedError(
             f"{self._chain} cannot run on activations {list(self.front)}: {wrong}. A weight, a "
             "bias or a norm's weight does not have the size of its layer: assign one that has."
         )

@@ -16,6 +16,7 @@ from mvpfx.kernels.changes import fingerprint
 from mvpfx.kernels.changes import looks as looks_counter
 from mvpfx.kernels.library import LIBRARY, tile_tokens
 from mvpfx.native_linear import NativeLinear
+from mvpfx.net import RefusedError
 from mvpfx.sparse_matmul import block_of, check_sizes, to_dense
 
 
@@ -71,7 +72,7 @@ class PackedWeight:
         handle = c_void_p()
         wrong = found.mvpfx_pack(self.rows, columns, block, halves, *memory, byref(handle))
         if wrong is not None:
-            raise ValueError(
+            raise RefusedError(
                 f"a weight of {self.rows} x {columns} cannot be packed: {wrong.decode()}. Its "
                 "row starts, column indices and values do not make a matrix."
             )
@@ -185,7 +186,7 @@ def check_memory(*tensors: Tensor | None) -> None:
             last = tensor.storage_offset() + sum((n - 1) * step for n, step in steps)
             held, needed = tensor.untyped_storage().nbytes(), (last + 1) * tensor.element_size()
             if held < needed:
-                raise ValueError(
+                raise RefusedError(
                     f"a tensor of {list(tensor.shape)} needs {needed} bytes, and its memory has "
                     f"{held}. Assign a tensor that has its memory."
                 )
@@ -207,7 +208,7 @@ def _sparse(layer: Any) -> Matrix:
         return layer
     size = layer.out_features, layer.in_features
     if tuple(layer.weight.shape) != size:
-        raise ValueError(
+        raise RefusedError(
             f"a layer of {size[0]} x {size[1]} has a weight of {list(layer.weight.shape)}. "
             "Assign a weight of the layer's size, or change in_features and out_features too."
         )
