@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import flop_registry
-from torch.utils.module_tracker import ModuleTracker
 
 from mvpfx.example import inference, run_example
 from mvpfx.kernels import operators
@@ -49,7 +50,7 @@ def count_flops(model: nn.Module, example_inputs: Any) -> Flops:
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters():
         names.setdefault(parameter.untyped_storage().data_ptr(), name)
-    meter = _Meter(names)
+    meter = _Meter(names, _Running(model))
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it is one operator, whatever it computes
     try:
@@ -57,18 +58,47 @@ def count_flops(model: nn.Module, example_inputs: Any) -> Flops:
             run_example(model, example_inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-    root = type(model).__name__
-    inside = {name.removeprefix(f"{root}."): count for name, count in meter.by_module.items()}
-    return Flops(meter.total, dict(meter.by_parameter), inside)
+    return Flops(meter.total, dict(meter.by_parameter), dict(meter.by_module))
+
+
+class _Running:
+    """While entered, knows which modules of a model run their forward.
+
+    torch's `ModuleTracker` follows the backward pass as well, with hooks on tensors that views of
+    parameters made without gradients refuse.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names: list[str] = []
+        self._known = {id(module): name for name, module in model.named_modules()}
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> None:
+        for handle in (
+            register_module_forward_pre_hook(self._begin),
+            register_module_forward_hook(self._end, always_call=True),
+        ):
+            self._hooks.callback(handle.remove)
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.close()
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        if id(module) in self._known:
+            self.names.append(self._known[id(module)])
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        if id(module) in self._known:
+            self.names.pop()
 
 
 class _Meter(TorchDispatchMode):
     """Adds up FLOPs of operators, for the parameters they read and the modules they run in."""
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, names: Mapping[int, str], modules: _Running) -> None:
         super().__init__()
         self.names = names
-        self.modules = ModuleTracker()
+        self.modules = modules
         self.total = 0
         self.by_parameter: dict[str, int] = defaultdict(int)
         self.by_module: dict[str, int] = defaultdict(int)
@@ -78,7 +108,7 @@ class _Meter(TorchDispatchMode):
         count = _flops_of(func.overloadpacket, args, kwargs or {}, out)
         if count:
             self.total += count
-            for name in self.modules.parents:
+            for name in set(self.modules.names):
                 self.by_module[name] += count
             read = {self._name(arg) for arg in args if isinstance(arg, Tensor)}
             for name in filter(None, read):

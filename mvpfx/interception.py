@@ -6,6 +6,7 @@ import inspect
 import itertools
 import random
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, cast
@@ -15,8 +16,9 @@ import torch
 from torch import nn
 from torch.utils import checkpoint
 
-from mvpfx.held_values import WRITTEN, own_values, walk
+from mvpfx.held_values import WRITTEN, content, own_values, same, walk
 from mvpfx.leaves import autograd_leaf, is_leaf_type
+from mvpfx.outside import Outside
 from mvpfx.recording import CaptureError
 from mvpfx.torch_private import CHECKPOINT_GENERATOR, in_backward
 from mvpfx.transformers_types import AttentionIsLeaf
@@ -155,7 +157,8 @@ def _patch(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
 class SideEffects:
     """A snapshot of the Python state a recorded forward could change."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, outside: Outside) -> None:
+        self.outside = outside
         self.random_state = random.getstate()
         self.numpy_state: Any = numpy.random.get_state()
         self.entries = [
@@ -170,12 +173,17 @@ class SideEffects:
             for part in module.modules()
             for key, value in own_values(part)
             for container in walk(value, seen)
-            if isinstance(container, (list, dict, set))
+            if isinstance(container, _WRITABLE)
+        ]
+        self.containers += [
+            (name, container, container.copy())
+            for name, container in outside.containers()
+            if isinstance(container, _WRITABLE)
         ]
 
     def restore(self) -> list[str]:
         """Undo what changed; the names of what did."""
-        changed: list[str] = []
+        changed = self.outside.restore()
         for buffer, version, before in self.buffers:
             if buffer._version != version:  # counters take part for real; the graph counts too
                 with torch.no_grad():
@@ -200,8 +208,7 @@ class SideEffects:
         for name, container, before in self.containers:
             if _differs(container, before):
                 changed.append(name)
-                container.clear()
-                (container.extend if isinstance(container, list) else container.update)(before)
+                _refill(container, before)
         return changed
 
 
@@ -213,12 +220,25 @@ def _tables(part: nn.Module) -> Iterator[dict[Any, Any]]:
             yield cast("dict[Any, Any]", table)
 
 
+_WRITABLE = (list, dict, set, deque, numpy.ndarray)
+
+
+def _refill(container: Any, before: Any) -> None:
+    if isinstance(container, numpy.ndarray):
+        container[...] = before
+        return
+    container.clear()
+    (container.extend if isinstance(container, (list, deque)) else container.update)(before)
+
+
 def _same_draws(one: Any, other: Any) -> bool:
     """Whether two states of NumPy's generator are the same."""
     return one[2:] == other[2:] and bool((one[1] == other[1]).all())
 
 
 def _differs(container: Any, before: Any) -> bool:
+    if isinstance(container, numpy.ndarray):
+        return not same(content(container), content(before))
     if isinstance(container, dict):
         return any(
             k not in before or k not in container or container[k] is not before[k]

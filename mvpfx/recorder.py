@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from mvpfx.cache_view import CacheBook, CacheView
 from mvpfx.interception import Interception, SideEffects
 from mvpfx.leaves import FAKE_RULES, Leaf, fake_module
+from mvpfx.outside import Outside
 from mvpfx.recording import CONSTANTS, CaptureError, Recording
 from mvpfx.torch_private import AutocastCacheOff, float_expression, pytree
 from mvpfx.transformers_types import is_cache
@@ -45,7 +46,8 @@ class Recorder(TorchFunctionMode):
         values, leaves, fakes = self._placeholders(flat)
         fake_args, fake_kwargs = pytree.tree_unflatten(values, spec)
         writer.watch_autocast({v.device.type for v in flat if isinstance(v, Tensor)})
-        effects = SideEffects(self.module)
+        outside = Outside(self.module)
+        effects = SideEffects(self.module, outside)
         try:
             with ExitStack() as stack:
                 stack.enter_context(AutocastCacheOff())
@@ -71,6 +73,7 @@ class Recorder(TorchFunctionMode):
             writer.sizes,
             fakes,
             self.caches.conditions,
+            outside,
         )
 
     def __torch_function__(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mvpfx.outside import Outside
 from mvpfx.sizes import SizeNodes
 from mvpfx.torch_private import SymbolicShapes
 
@@ -47,6 +48,7 @@ class Recording:
         shapes, sizes: the symbols and where each is read from.
         fakes: the fake input of each placeholder (None for a cache).
         conditions: source over the flat arguments `L` -> the value it must have, of caches.
+        outside: what else the forward may read; the graph holds while that does.
     """
 
     graph: fx.Graph
@@ -56,3 +58,4 @@ class Recording:
     sizes: SizeNodes
     fakes: list[Tensor | None]
     conditions: dict[str, Any]
+    outside: Outside

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvpfx.held_values import is_container, own_values, walk
+from mvpfx.held_values import content, is_container, own_values, same, walk
 from mvpfx.mask import Mask
 from mvpfx.recording import CONSTANTS, CaptureError
 from mvpfx.torch_private import (
@@ -114,6 +114,8 @@ class Configuration:
         self._copies: list[dict[str, Any]] = []
         self._containers: list[Any] = []
         self._contents: list[tuple[Any, ...]] = []
+        self._parameters: list[nn.Parameter] = []
+        self._dtypes: list[torch.dtype] = []
         self._hooks: list[Any] = []
         self._counts: list[int] = []
 
@@ -138,7 +140,8 @@ class Configuration:
                 list(map(len, self._hooks)) == self._counts
                 and list(map(type, self._parts)) == self._types
                 and all(map(eq, self._dictionaries, self._copies))
-                and list(map(tuple, self._containers)) == self._contents
+                and all(map(same, map(content, self._containers), self._contents))
+                and [p.dtype for p in self._parameters] == self._dtypes
             )
         except (RuntimeError, TypeError, ValueError):  # a tensor was replaced: == is no bool
             return False
@@ -165,16 +168,25 @@ class Configuration:
                 if child is not None and not isinstance(child, Mask):
                     key.extend(len(hooks) for hooks in _hooks_of(child))
                     stack.append(child)
+        key.extend(parameter.dtype for parameter in module.parameters())
         self._current = self._numbers.setdefault(tuple(key), len(self._numbers))
         self._parts, self._types = parts, list(map(type, parts))
         self._hooks = [hooks for part in parts[1:] for hooks in _hooks_of(part)]
         self._counts = list(map(len, self._hooks))
         inner = [part._modules for part in parts if part._modules]
-        held = [held for held in containers if isinstance(held, dict)]
-        self._containers = [held for held in containers if not isinstance(held, dict)]
-        self._contents = list(map(tuple, self._containers))
+        held = [held for held in containers if isinstance(held, dict) and not _has_tensors(held)]
+        whole = set(map(id, held))
+        self._containers = [held for held in containers if id(held) not in whole]
+        self._contents = list(map(content, self._containers))
+        self._parameters = list(module.parameters())
+        self._dtypes = [p.dtype for p in self._parameters]
         self._dictionaries = [*(part.__dict__ for part in parts), *inner, *held]
         self._copies = list(map(dict, self._dictionaries))
+
+
+def _has_tensors(held: Any) -> bool:
+    """Whether a dictionary holds tensors: == of two of them says nothing of which they are."""
+    return any(isinstance(value, Tensor) for value in held.values())
 
 
 _hooks_of = attrgetter(

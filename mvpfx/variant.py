@@ -34,7 +34,6 @@ class Variant:
 
     Attributes:
         graph: the graph, targets relative to the region.
-        check: whether a call's flat arguments meet the guards on sizes, and on caches.
         function: the graph as one function of what `inputs` gathers.
         call: the arguments it was recorded from, without their numbers.
     """
@@ -44,12 +43,16 @@ class Variant:
     ) -> None:
         self.graph = graph
         self.call = call
-        self.check: Check = size_check(recording)
+        self._fits, self._outside = size_check(recording), recording.outside
         self._leaves = recording.leaves
         self._modules = tuple(module.modules())  # signatures name modules by id: none may be reused
         self._out_spec = recording.out_spec
         self.function, self._slots = generate(module, graph)
         self._changes_grad_mode = any(n.target is set_grad_enabled for n in graph.nodes)
+
+    def check(self, flat: list[Any]) -> bool:
+        """Whether the graph is right for a call with these flat arguments, now."""
+        return self._fits(flat) and self._outside.holds()
 
     def inputs(self, flat: list[Any]) -> list[Any]:
         """What the graph reads: its leaves of a call's flat arguments, then what modules hold."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any, cast
 
+import numpy
 import torch
 from torch import Tensor, fx, nn
 
@@ -100,6 +101,8 @@ class GraphWriter:
             return value.view_node
         if isinstance(value, Tensor):
             return self._tensor_node(value)
+        if isinstance(value, numpy.generic):
+            return self.node_of(value.item())
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return self.sizes.node(float_expression(value))
         if isinstance(value, nn.Module):
@@ -113,7 +116,7 @@ class GraphWriter:
         if isinstance(value, slice):
             return slice(*(self.node_of(v) for v in (value.start, value.stop, value.step)))
         if isinstance(value, CONSTANTS) or callable(value):
-            return value
+            return _plain(value)
         raise CaptureError(f"an argument of type {type(value).__name__} is not known")
 
     def _in_module(self, node: fx.Node) -> fx.Node:
@@ -151,6 +154,17 @@ class GraphWriter:
             return tuple(items)
         kind: Any = type(value)
         return kind(*items) if hasattr(value, "_fields") else kind(items)
+
+
+def _plain(value: Any) -> Any:
+    """A number or text of a class of its own, such as an enum, as what can be written into code."""
+    if type(value) in CONSTANTS:
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int(value)
+    return float(value) if isinstance(value, float) else value
 
 
 _READS = frozenset(("size", "stride", "get_seq_length"))
