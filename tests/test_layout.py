@@ -14,7 +14,7 @@ NOUNS = sorted(p for p in (ROOT / "mvpfx").rglob("*.py") if "passes" not in p.pa
 PASSES = sorted((ROOT / "passes").glob("*.py"))
 OTHERS = sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 
-MAX_FILE_LINES = 300
+MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 
 
