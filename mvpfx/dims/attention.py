@@ -66,8 +66,8 @@ class Attention:
         key.need(_groups(moving, key.shape[1]).view(1, -1, 1, 1))
         value.need(_groups(read, value.shape[1]).view(1, -1, 1, 1))
         for other in others:
-            if bool(moving.any()):
-                other.need(~other.needed)
+            by_head = len(other.shape) > 2 and other.shape[-3] == heads
+            other.need(moving.view(-1, 1, 1) if by_head else moving.any())
 
     def agree(self, step: Step) -> Iterator[Value]:
         """Query heads go with their result, key and value heads with their whole group."""

@@ -11,6 +11,7 @@ from mvpfx.dims.attention import Attention, CacheUpdate
 from mvpfx.dims.contraction import Contraction
 from mvpfx.dims.convolution import Convolution, Lookup
 from mvpfx.dims.elementwise import Comparison, Elementwise, PerChannel
+from mvpfx.dims.indexing import find_indexed
 from mvpfx.dims.operations import find_operation
 from mvpfx.dims.rearrangement import NAMES, Rearrangement
 from mvpfx.dims.reduction import Reduction
@@ -58,6 +59,7 @@ def find_rule(step: Step, can_fold: bool) -> Rule:
         return CacheUpdate()
     found = (
         find_stack(step)
+        or find_indexed(step)
         or _product(step, can_fold)
         or _convolution(step, can_fold)
         or _mixing(step)
@@ -208,6 +210,9 @@ def _mixing(step: Step) -> Rule | None:
         return Reduction(
             tuple(sorted(dim % rank for dim in dims)), len(out.shape) < rank, _OVER_SOME[name]
         )
+    if name == "normalize":
+        dim = step.argument(2, "dim", 1)
+        return Reduction((dim % rank,)) if isinstance(dim, int) else None
     if name in _NORMS:
         sizes = step.argument(1, "normalized_shape")
         return Reduction(tuple(range(rank - len(sizes), rank)))
