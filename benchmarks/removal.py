@@ -2,9 +2,10 @@
 
     python -m benchmarks.removal --output benchmarks/results/removal.json
 
-Tiny models of transformers with random weights, causal and masked language models. In each layer half
-of the heads are dead (what reads them is zero), or half of the channels that a feed-forward layer reads;
-other ones in each layer. What `mvpfx.convert` leaves of these weights is counted. Nothing is timed.
+Tiny models of transformers with random weights, causal and masked language models. In each layer
+half of the heads are dead (what reads them is zero), or half of the channels that a feed-forward
+layer reads; other ones in each layer. What `mvpfx.convert` leaves of these weights is counted.
+Nothing is timed.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "SmolLM3": GROUPED, "StableLm": {"num_key_value_heads": 2}, "Starcoder2": GROUPED, "XGLM": {},
     "XLNet": {},
 }  # fmt: skip
-"""Models by the first part of their class names -> what their configurations need besides `SIZES`."""
+"""Models by the first part of their class names -> what `SIZES` lacks for them."""
 
 
 def build(name: str) -> nn.Module:
@@ -120,7 +121,7 @@ def reads_heads(model: nn.Module) -> Weights:
         owner = model.get_submodule(name.rpartition(".")[0])
         if parameter.dim() != 2 or not re.search(r"\.\d+\.", name) or not name.endswith("weight"):
             continue
-        if isinstance(owner, nn.Embedding) or "conv_" in name:
+        if isinstance(owner, nn.Embedding) or "conv_" in name or "encoder_attn" in name:
             continue
         turned = isinstance(owner, hf.pytorch_utils.Conv1D)
         outputs, inputs = parameter.shape[::-1] if turned else parameter.shape

@@ -12,13 +12,15 @@ from mvpfx.adapters import adapted_model, is_adapter, without_adapters
 from mvpfx.budget import flop_costs, parameter_costs, within_budget
 from mvpfx.config import PruningConfig
 from mvpfx.coupled import COUPLED
-from mvpfx.example import own_inputs
+from mvpfx.dead_heads import head_sites, refusal, unremoved, without_heads
+from mvpfx.example import inputs_if_any, own_inputs
 from mvpfx.flops import count_flops
 from mvpfx.mask import Mask
 from mvpfx.passes.capture import Capture
 from mvpfx.passes.find_sites import FindSites, graph_sites
 from mvpfx.passes.insert_masks import InsertMasks, mask_name
 from mvpfx.passes.schedule_density import ScheduleDensity
+from mvpfx.passes.shrink_dims import ShrinkDims
 from mvpfx.pipeline import run
 from mvpfx.program import Program, full_name, parent_name
 from mvpfx.region import Region, make_region, region_modules, region_of
@@ -75,6 +77,7 @@ def prepare(
         example_inputs = own_inputs(model, COUPLED)
     seen, capturing = run((Capture(example_inputs),), Program(model))
     config = _with_density(seen, config, example_inputs)
+    _check_heads(seen, config, example_inputs)
     masking = (FindSites(config), InsertMasks(), ScheduleDensity(config.schedule))
     program, records = run(masking, seen)
     state = State(
@@ -104,6 +107,30 @@ def _with_density(seen: Program, config: PruningConfig, example_inputs: Any) -> 
     if example_inputs is None:
         example_inputs = own_inputs(model, "flops= is a fraction of the FLOPs of one call")
     return within_budget(config, program, flop_costs(program, count_flops(model, example_inputs)))
+
+
+def _check_heads(seen: Program, config: PruningConfig, example_inputs: Any) -> None:
+    """Make sure that heads can be removed where heads are pruned, as far as graphs show.
+
+    Raises:
+        ValueError: the heads of some sites cannot.
+    """
+    if config.allow_unremovable or not config.prunes_heads:
+        return
+    found, _ = run((FindSites(config),), seen)
+    sites = head_sites(found)
+    if example_inputs is None and sites:
+        example_inputs = inputs_if_any(seen.model)
+        if example_inputs is not None:
+            known = found
+            found, _ = run((Capture(example_inputs),), Program(seen.model))
+            found = replace(found, sites=known.sites, rules=known.rules)
+    if not sites or not found.graphs:
+        return
+    shrunk, records = run((ShrinkDims(returned=True),), without_heads(found, sites))
+    reasons = unremoved(shrunk, sites, (d for r in records for d in r.decisions))
+    if reasons:
+        raise ValueError(refusal(reasons))
 
 
 def graphs(model: nn.Module) -> dict[str, fx.GraphModule]:

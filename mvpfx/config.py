@@ -89,6 +89,8 @@ class PruningConfig:
             it to `density`; a number is the paper's way, whose density follows from the scores.
         criterion_options: numbers of the criterion's own, by name, such as `{"beta": 0.99}` of
             "ema_magnitude"; an override that changes the criterion starts without them.
+        allow_unremovable: whether heads may be pruned that `convert` could not remove: they become
+            zeros and stay in their tensors. Without it `prepare` raises an error.
         overrides: pattern -> changed fields, or None to leave a site alone. A pattern is a
             parameter's or a module's name, the beginning of one up to a dot, or "re:" and a
             regular expression for the whole of either. The most specific pattern wins, field by
@@ -110,6 +112,7 @@ class PruningConfig:
     threshold: float = 0.1
     penalty_lambda: float | None = None
     criterion_options: Mapping[str, float] = field(default_factory=lambda: Change({}))
+    allow_unremovable: bool = False
     overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=Overrides)
 
     def __post_init__(self) -> None:
@@ -119,6 +122,10 @@ class PruningConfig:
         criteria.check_options(self.criterion, self.criterion_options)
         own_score_init(self.criterion, self.score_init)
         check_group_density(self.granularity, self.density, DENSITY)
+        if not isinstance(self.allow_unremovable, bool):
+            raise TypeError(
+                f"allow_unremovable must be True or False; found {self.allow_unremovable!r}."
+            )
         cuts = criteria.find(self.criterion).cuts
         if self.schedule is _UNSAID and cuts is not None:
             object.__setattr__(self, "schedule", CubicSchedule(cuts=cuts))
@@ -164,9 +171,17 @@ class PruningConfig:
     @property
     def couples(self) -> bool:
         """Whether any site may share its scores with others, which graphs have to show."""
+        return any(granularity.channel for granularity in self._granularities())
+
+    @property
+    def prunes_heads(self) -> bool:
+        """Whether any site may be pruned by heads."""
+        return any(granularity.head for granularity in self._granularities())
+
+    def _granularities(self) -> list[granularities.Granularity]:
         changes = [change for change in self.overrides.values() if change is not None]
         given = [self.granularity, *(c["granularity"] for c in changes if "granularity" in c)]
-        return any(granularities.parse(value).channel for value in given)
+        return [granularities.parse(value) for value in given]
 
     def to_json(self) -> str:
         """The configuration as JSON text; `from_json` reads it back."""

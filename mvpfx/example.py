@@ -45,7 +45,7 @@ def own_inputs(model: nn.Module, why: str) -> Any:
     Raises:
         ValueError: the model has no such inputs.
     """
-    found = _dummy_inputs(model) if is_pretrained(model) else None
+    found = inputs_if_any(model)
     if found is None:
         raise ValueError(
             f"{original_class(model).__name__}: {why}, which shows when it is called. Pass one "
@@ -54,11 +54,16 @@ def own_inputs(model: nn.Module, why: str) -> Any:
     return found
 
 
+def inputs_if_any(model: nn.Module) -> Any:
+    """What a transformers model has to be called with where nobody gave any; else None."""
+    return _dummy_inputs(model) if is_pretrained(model) else None
+
+
 def _dummy_inputs(model: nn.Module) -> dict[str, Tensor] | None:
     """The token ids that transformers tries models with; None where this one needs other inputs."""
     device = next(model.parameters()).device
-    own: dict[str, Tensor] = getattr(model, "dummy_inputs")  # noqa: B009  of transformers
-    inputs = {name: value.to(device) for name, value in own.items()}
+    own: dict[str, Tensor | None] = getattr(model, "dummy_inputs")  # noqa: B009  of transformers
+    inputs = {name: value.to(device) for name, value in own.items() if value is not None}
     with inference(model):
         try:
             run_example(model, inputs)

@@ -216,7 +216,7 @@ def test_round_trips(config: PruningConfig) -> None:
             ValueError,
             "a configuration has no field 'amount'. It has criterion, granularity, density, "
             "params, flops, scope, score_init, schedule, threshold, penalty_lambda, "
-            "criterion_options, overrides.",
+            "criterion_options, allow_unremovable, overrides.",
         ),
         ("density", ValueError, "Expecting value: line 1 column 1 (char 0)"),
     ],

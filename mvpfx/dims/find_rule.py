@@ -13,7 +13,7 @@ from mvpfx.dims.convolution import Convolution, Lookup
 from mvpfx.dims.elementwise import Comparison, Elementwise, PerChannel
 from mvpfx.dims.indexing import find_indexed
 from mvpfx.dims.operations import find_operation
-from mvpfx.dims.rearrangement import NAMES, Rearrangement
+from mvpfx.dims.rearrangement import EXPANSIONS, NAMES, SHAPED, Expansion, Rearrangement
 from mvpfx.dims.reduction import Reduction
 from mvpfx.dims.rule import Opaque, Rule, Step
 from mvpfx.dims.stack import find_stack
@@ -67,8 +67,9 @@ def find_rule(step: Step, can_fold: bool) -> Rule:
     if found is not None:
         return found
     if step.name in NAMES and moves_only(step):
-        return Rearrangement()
-    if step.name.strip("_") in _COMPARISONS and len(step.outputs) == 1:
+        return Expansion() if step.name in EXPANSIONS else Rearrangement()
+    larger = step.name in ("max", "min") and len(step.values) == 2
+    if (step.name.strip("_") in _COMPARISONS or larger) and len(step.outputs) == 1:
         return Comparison()
     operation = find_operation(step.node)
     if operation is not None and len(step.outputs) == 1 and is_floating(step):
@@ -82,6 +83,8 @@ def moves_only(step: Step) -> bool:
     """Whether all tensors a node reads are moved, and none of them says where to."""
     first = step.node.args[0] if step.node.args else None
     moved = first if isinstance(first, (tuple, list)) else (first,)
+    if step.name in SHAPED and len(step.inputs) == 2:
+        moved = step.node.args[:2]
     whole = sum(math.prod(value.shape) for value in (*step.outputs, *step.inputs))
     return set(step.values) <= set(moved) and whole < LARGEST
 
@@ -106,6 +109,8 @@ def _of_module(step: Step) -> Rule | None:
         return Reduction(dims)
     if isinstance(module, nn.Softmax) and module.dim is not None:
         return Reduction((module.dim % len(x.shape),), softmax=True)
+    if isinstance(module, nn.Embedding) and module.max_norm is None and "weight" in step.extra:
+        return Lookup()
     if isinstance(module, nn.Flatten):
         return Rearrangement()
     if isinstance(module, _POOLS) and len(step.outputs) == 1:

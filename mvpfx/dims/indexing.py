@@ -29,7 +29,9 @@ class Indexed:
         if not bool(same.any()):
             return
         shape = (*(1 for _ in step.inputs[1].shape), *same.shape[1:])
-        out.known = Known(compact(same.reshape(shape)), torch.where(same, first, 0.0).reshape(shape))
+        out.known = Known(
+            compact(same.reshape(shape)), torch.where(same, first, 0.0).reshape(shape)
+        )
 
     def backward(self, step: Step) -> None:
         """What is needed anywhere in the result is needed all along the first dimension."""

@@ -145,6 +145,9 @@ class Reading:
                 value = self._parameter(full_name(self.region, f"{step.node.target}.{name}"))
                 if value is not None:
                     found[name] = value
+        if isinstance(step.module, nn.Embedding):
+            table = self._parameter(full_name(self.region, f"{step.node.target}.weight"))
+            found |= {} if table is None else {"weight": table}
         return found
 
     def _outputs(self, node: fx.Node) -> tuple[Value, ...]:

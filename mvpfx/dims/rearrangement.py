@@ -12,21 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mvpfx.dims.rule import Step, replaced
+from mvpfx.dims.rule import Step, alike, replaced
 from mvpfx.dims.value import Known, Value, compact, slices
 
 NAMES = frozenset((
     "__getitem__", "broadcast_to", "cat", "chunk", "clone", "concat", "concatenate", "contiguous",
     "detach", "expand", "expand_as", "flatten", "flip", "getitem", "hstack", "index_select", "mT",
     "movedim", "narrow", "permute", "pixel_shuffle", "repeat", "repeat_interleave", "reshape",
-    "roll", "select", "split", "split_with_sizes", "squeeze", "stack", "swapaxes", "swapdims", "t",
-    "T", "tensor_split", "tile", "transpose", "unbind", "unflatten", "unsqueeze", "view", "vstack",
+    "reshape_as", "roll", "select", "split", "split_with_sizes", "squeeze", "stack", "swapaxes",
+    "swapdims", "t", "T", "tensor_split", "tile", "transpose", "unbind", "unflatten", "unsqueeze",
+    "view", "view_as", "vstack",
 ))  # fmt: skip
 CHOOSING = frozenset((
     "__getitem__", "getitem", "index_select", "narrow", "select", "split", "split_with_sizes",
 ))  # fmt: skip
 """Those that may leave elements out."""
-SKIPPING = CHOOSING | {"expand_as", "repeat_interleave"}
+EXPANSIONS = ("broadcast_to", "expand", "expand_as")
+SHAPED = frozenset(("expand_as", "reshape_as", "view_as"))
+"""Those that take of their second tensor its sizes alone."""
+SKIPPING = CHOOSING | SHAPED | {"repeat_interleave"}
 """Those that may, and those that read of an input its sizes or no elements at all."""
 
 
@@ -66,6 +70,9 @@ class Rearrangement:
         """An element goes with all of its copies, and a slice with all of its elements."""
         if not any(bool(r.any()) for v in (*step.inputs, *step.outputs) for r in v.removed):
             return
+        if step.name in SHAPED and len(step.inputs) == 2:
+            for dim in range(len(step.outputs[0].shape)):
+                yield from alike([(step.outputs[0], dim), (step.inputs[1], dim)])
         found = sources(step)
         gone = torch.cat([_flat(v.elements(), v.shape) for v in step.inputs])
         stay = torch.zeros_like(gone)
@@ -121,6 +128,20 @@ def run(step: Step, tensors: dict[fx.Node, Tensor], arguments: tuple[Any, ...]) 
         target: Any = step.node.target if step.module is None else step.module
         out = target(*args, **kwargs)
     return [out] if isinstance(out, Tensor) else list(out)
+
+
+class Expansion(Rearrangement):
+    """A node that repeats a tensor along dimensions: there it may have any size."""
+
+    def agree(self, step: Step) -> Iterator[Value]:
+        """Dimensions that are not repeated lose the same indices."""
+        (out,), (x, *others) = step.outputs, step.inputs
+        for dim, size in enumerate(out.shape):
+            own = dim - len(out.shape) + len(x.shape)
+            places = [(out, dim), *((other, dim) for other in others)]
+            if own >= 0 and x.shape[own] == size:
+                places.append((x, own))
+            yield from alike(places)
 
 
 def _chosen_by_number(step: Step) -> set[int]:
