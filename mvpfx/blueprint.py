@@ -7,18 +7,18 @@ model of that class is given.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
+from mvpfx.expected_tensors import check_alike, check_shapes, layer_shapes
+from mvpfx.file_limits import COUNT
 from mvpfx.native_linear import NativeLinear
 from mvpfx.recurrent import refresh_flat_weights
 from mvpfx.reduced_attention import ReducedAttention
-from mvpfx.sparse_matmul import block_of, check_indices
+from mvpfx.sparse_matmul import block_of, check_indices, check_sizes
 from mvpfx.storage import Layout, SparseLinear
 from mvpfx.swap import original_class
 from mvpfx.transformers_types import is_conv1d, is_pretrained
@@ -94,49 +94,6 @@ def describe(model: nn.Module) -> tuple[Blueprint, dict[str, Tensor]]:
     ), stored
 
 
-def make_skeleton(blueprint: Blueprint) -> nn.Module:
-    """A transformers model of the class and configuration of a blueprint, without numbers.
-
-    Raises:
-        ValueError: there is no such class, or it does not take the configuration.
-    """
-    if blueprint.config is None:
-        raise ValueError(
-            f"{blueprint.kind} is no transformers model, and code is not loaded from files. Pass "
-            f"load a {blueprint.kind} as it was before it was pruned, model=..."
-        )
-    transformers = importlib.import_module("transformers")
-    kind = transformers_class(blueprint.kind)
-    most = len(blueprint.tensors)
-    for key, value in blueprint.config.items():
-        counts = key.startswith("num_") and key.endswith("layers")
-        if counts and isinstance(value, int) and value > most:
-            raise ValueError(f"{key} is {value}, and there are {most} tensors in all")
-    try:
-        with torch.device("meta"):
-            model: Any = kind(kind.config_class.from_dict(dict(blueprint.config)))
-        if blueprint.attention is not None:
-            model.set_attn_implementation(blueprint.attention)
-        if blueprint.generation is not None:
-            model.generation_config = transformers.GenerationConfig.from_dict(blueprint.generation)
-    except Exception as error:
-        raise ValueError(f"{blueprint.kind} does not take its configuration: {error}") from error
-    return model
-
-
-def transformers_class(name: str) -> Any:
-    """The model class of transformers that is called `name`.
-
-    Raises:
-        ValueError: there is none.
-    """
-    transformers = importlib.import_module("transformers")
-    kind: Any = getattr(transformers, name, None)
-    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
-        raise ValueError(f"transformers {transformers.__version__} has no model {name}")
-    return kind
-
-
 def class_before(kind: str) -> str:
     """The class that a module called `kind` had before anything of it went.
 
@@ -153,6 +110,11 @@ def fill(model: nn.Module, blueprint: Blueprint, stored: Mapping[str, Tensor]) -
         ValueError: model, blueprint and tensors do not fit one another.
     """
     _check_modules(model, blueprint)
+    _check_numbers(model, blueprint)
+    replaced = [n for n, kind in blueprint.modules.items() if kind in (SPARSE, NATIVE_DENSE)]
+    check_shapes(
+        model, blueprint.sizes, blueprint.tensors, replaced, given=blueprint.config is None
+    )
     made: dict[str, Tensor] = {}
     for name, source in {**{n: n for n in blueprint.tensors}, **blueprint.tied}.items():
         entry = blueprint.tensors[name]
@@ -172,7 +134,7 @@ def fill(model: nn.Module, blueprint: Blueprint, stored: Mapping[str, Tensor]) -
             _put_sparse(model, name, blueprint, tensors)
             continue
         if kind == NATIVE_DENSE:
-            _put_native(model, name, blueprint, "bias" in tensors)
+            _put_native(model, name, blueprint, tensors)
         _put(model.get_submodule(name), name, tensors)
     for name, sizes in blueprint.sizes.items():
         _set_sizes(model.get_submodule(name), name, sizes)
@@ -211,6 +173,18 @@ def _check_modules(model: nn.Module, blueprint: Blueprint) -> None:
         raise ValueError(f"the module {next(iter(own))!r} of {blueprint.kind} was not saved")
 
 
+def _check_numbers(model: nn.Module, blueprint: Blueprint) -> None:
+    """Sizes are numbers that the modules hold, and no greater than what was built or saved."""
+    dimensions = (d for entry in blueprint.tensors.values() for d in entry["shape"])
+    most = max(COUNT, *dimensions, 0)
+    for name, sizes in blueprint.sizes.items():
+        held = vars(model.get_submodule(name))
+        for attribute, size in sizes.items():
+            own = held.get(attribute)
+            if type(size) is not int or (abs(size) > most and size != own):
+                raise ValueError(f"{attribute} of {name} is {size!r}, not a number up to {most}")
+
+
 def _put(module: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
     """Replace the tensors of a module; a missing one was removed."""
     for slots in (module._parameters, module._buffers):
@@ -235,24 +209,51 @@ def _put_sparse(
         crow, col, values = (tensors.pop(n) for n in ("crow_indices", "col_indices", "values"))
     except KeyError as error:
         raise ValueError(f"the sparse layer {name} lacks {error}") from None
+    block = block_of(values)
+    if rows % block or columns % block or rows < 0 or columns < 0:
+        raise ValueError(f"{name} is {rows} x {columns}, in blocks of {block}")
     if layout not in Layout.__args__ or set(tensors) - {"bias"}:
         raise ValueError(f"the sparse layer {name} has layout {layout!r} and also {list(tensors)}")
     try:
-        check_indices(crow, col, rows // block_of(values), columns // block_of(values))
+        check_indices(crow, col, rows // block, columns // block)
     except ValueError as error:
         raise ValueError(f"of {name}, {error}") from None
-    layer = SparseLinear(columns, rows, crow, col, values, tensors.get("bias"), layout)
+    bias = tensors.get("bias")
+    if values.dim() not in (1, 3) or (values.dim() == 3 and values.shape[1] != values.shape[2]):
+        raise ValueError(f"the values of the sparse layer {name} are {list(values.shape)}")
+    check_sizes(crow, col, values, bias, rows)
+    _check_float(name, values, bias)
+    layer = SparseLinear(columns, rows, crow, col, values, bias, layout)
     _replace(model, name, layer)
 
 
-def _put_native(model: nn.Module, name: str, blueprint: Blueprint, bias: bool) -> None:
+def _put_native(
+    model: nn.Module, name: str, blueprint: Blueprint, tensors: Mapping[str, Tensor]
+) -> None:
     """Put a layer without tensors where another one was."""
     sizes = blueprint.sizes.get(name, {})
     try:
-        layer = NativeLinear.empty(sizes["in_features"], sizes["out_features"], bias)
+        weight, bias = tensors["weight"], tensors.get("bias")
+        layer = NativeLinear.empty(sizes["in_features"], sizes["out_features"], bias is not None)
     except KeyError as error:
         raise ValueError(f"the layer {name} lacks {error}") from None
+    needed = layer_shapes(layer, sizes) or {}
+    for leaf, tensor in tensors.items():
+        if tuple(tensor.shape) != needed.get(leaf):
+            raise ValueError(f"{leaf} of {name} is {list(tensor.shape)}")
+    _check_float(name, weight, bias)
     _replace(model, name, layer)
+
+
+def _check_float(name: str, weight: Tensor, bias: Tensor | None) -> None:
+    """Weight and bias of a layer that is put in are parameters, floating, and of one type."""
+    for tensor in (weight, bias):
+        if tensor is not None:
+            if not (isinstance(tensor, nn.Parameter) and tensor.is_floating_point()):
+                raise ValueError(
+                    f"{name} has a weight or bias that is {tensor.dtype}, no parameter"
+                )
+            check_alike(name, [str(t.dtype) for t in (weight, tensor)])
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -14,7 +14,9 @@ from torch import nn
 
 from mvpfx.api import prepare
 from mvpfx.checks import as_count
+from mvpfx.file_limits import check_stored_plainly
 from mvpfx.manifest import (
+    ADVICE,
     Manifest,
     place_of,
     replacing,
@@ -209,7 +211,14 @@ def _save_training(folder: Path, content: Mapping[str, Any]) -> None:
 def _read_training(folder: Path, manifest: Manifest) -> dict[str, Any]:
     if manifest.writer != "loop":
         return {}
-    return torch.load(folder / TRAINING, weights_only=True, map_location="cpu")
+    check_stored_plainly(folder / TRAINING)
+    try:
+        return torch.load(folder / TRAINING, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        first = (str(error).splitlines() or ["it is empty"])[0]
+        raise ValueError(
+            f"{folder / TRAINING} holds something other than training states: {first}. {ADVICE}"
+        ) from error
 
 
 def _check_parts(given: set[str], manifest: Manifest, folder: Path) -> None:

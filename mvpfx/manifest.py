@@ -14,8 +14,8 @@ import shutil
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
 
 MANIFEST = "checkpoint_manifest.json"
 FORMAT = "mvpfx checkpoint"
@@ -100,8 +100,31 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} has version {version}, and this release of mvpfx reads version {VERSION}. "
             "Load it with the release that saved it."
         )
-    content: dict[str, Any] = {**body, "parts": tuple(body["parts"])}
-    return Manifest(**content)
+    try:
+        content: dict[str, Any] = {**body, "parts": tuple(body["parts"])}
+        manifest = Manifest(**content)
+        _check_fields(manifest)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} was not written by mvpfx: {error}. {ADVICE}") from error
+    return manifest
+
+
+def _check_fields(manifest: Manifest) -> None:
+    """Make sure that a manifest holds what its fields say, and names files of its own folder."""
+    numbers = [manifest.step]
+    if manifest.schedule is not None:
+        numbers.append(manifest.schedule["total_steps"])
+    if any(type(number) is not int or not 0 <= number < 1 << 62 for number in numbers):
+        raise ValueError(f"{numbers} are not numbers of steps")
+    texts = [manifest.writer, *manifest.parts, *manifest.tied, *manifest.tied.values()]
+    if not all(isinstance(text, str) for text in cast("list[object]", texts)):
+        raise ValueError("a name is not a text")
+    for name, listed in manifest.files.items():
+        parts = PurePosixPath(name).parts
+        if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
+            raise ValueError(f"{name!r} is not the name of a file in it")
+        if set(listed) != {"bytes", "sha256"}:
+            raise ValueError(f"{name} has {sorted(listed)}, and bytes and sha256 are needed")
 
 
 def verify_checkpoint(folder: str | Path) -> Manifest:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from mvpfx.distributed import is_sharded
-from mvpfx.manifest import Manifest
+from mvpfx.manifest import ADVICE, Manifest
 from mvpfx.swap import original_class
 from mvpfx.transformers_types import is_pretrained
 
@@ -115,7 +115,10 @@ def read_state(
         ValueError: a name is missing or unknown, or a shape or dtype differs.
     """
     found = _read_files(folder, manifest)
-    found |= {name: found[source] for name, source in manifest.tied.items()}
+    for name, source in manifest.tied.items():
+        if source not in found:
+            raise ValueError(f"{folder} has {name} stored under {source}, which is not there.")
+        found[name] = found[source]
     if dense:
         found, _ = split_scores(found)
     own = {n: v for n, v in model.state_dict().items() if isinstance(v, Tensor)}
@@ -183,7 +186,7 @@ def _read_files(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     names = [n for n in manifest.files if n.startswith("model") and n.endswith(".safetensors")]
     index = folder / f"{WEIGHTS}.index.json"
     if index.name in manifest.files:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = _shards(index, manifest)
     if not names:
         raise ValueError(
             f"{folder} has no {WEIGHTS}, so it cannot be loaded here. Resume it with what saved it."
@@ -195,9 +198,30 @@ def _read_files(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     return found
 
 
+def _shards(index: Path, manifest: Manifest) -> list[str]:
+    """The files that an index names, each of which was verified.
+
+    Raises:
+        ValueError: it is damaged, or names another file.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} names no files: {error}. {ADVICE}") from error
+    for name in names:
+        if name not in manifest.files:
+            raise ValueError(
+                f"{index} names {name!r}, which the checkpoint does not list. {ADVICE}"
+            )
+    return names
+
+
 def _read_file(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}. {ADVICE}") from error
 
 
 def _converted(model: nn.Module, folder: Path, found: dict[str, Tensor]) -> dict[str, Tensor]:

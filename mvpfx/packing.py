@@ -10,6 +10,9 @@ row. Here a byte of 255 stands for no value: the gap goes on in the byte that fo
 
 from __future__ import annotations
 
+import math
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -36,7 +39,9 @@ def pack(tensor: Tensor) -> tuple[Tensor, Tensor]:
     gaps = torch.diff(places, prepend=places.new_tensor([-1]))
     bridges = (gaps - 1).div(LONGEST, rounding_mode="floor")
     ends = torch.arange(len(places)) + bridges.cumsum(0)
-    count = len(places) + int(bridges.sum())
+    last = int(places[-1]) if len(places) else -1
+    # Zeros after the last value are bridged too, so a file's size tells what it can be unpacked to.
+    count = len(places) + int(bridges.sum()) + (len(flat) - 1 - last) // LONGEST
     values, steps = flat.new_zeros(count), torch.full((count,), LONGEST, dtype=torch.uint8)
     values[ends] = flat[places]
     steps[ends] = (gaps - bridges * LONGEST).to(torch.uint8)
@@ -97,6 +102,32 @@ def unpack_indices(steps: Tensor, rows: int, columns: int) -> tuple[Tensor, Tens
     counts = torch.bincount(places // columns, minlength=rows)
     crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return crow.to(torch.int32), (places % columns).to(torch.int32)
+
+
+def as_shape(sizes: object) -> tuple[int, ...]:
+    """A shape from a file.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    found = cast("list[object]", sizes) if isinstance(sizes, list) else [None]
+    numbers = tuple(size for size in found if isinstance(size, int) and type(size) is int)
+    if len(numbers) != len(found) or any(size < 0 for size in numbers) or len(found) > 8:
+        raise ValueError(f"{str(sizes)[:60]} is not a shape")
+    return numbers
+
+
+def as_scale(scale: object) -> float:
+    """What values are multiplied by, from a file.
+
+    Raises:
+        ValueError: it is not a finite number above 0.
+    """
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+        raise ValueError(f"its scale is {scale!r}, which is not a number")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"its scale is {scale!r}, and a finite number above 0 is needed")
+    return float(scale)
 
 
 def shorten(values: Tensor, how: str) -> tuple[Tensor, float]:

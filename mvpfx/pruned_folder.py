@@ -19,7 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mvpfx.absent_units import fill_absent
-from mvpfx.blueprint import transformers_class
+from mvpfx.bounded_build import bounded
+from mvpfx.file_limits import FileLimits, bytes_of, check_stored_plainly
+from mvpfx.skeleton import build_empty, transformers_class
 
 CONFIG = "config.json"
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -58,17 +60,17 @@ def _load(folder: Path, kind: Any) -> PreTrainedModel:
     pruned = _pruned_heads(body.pop(_HEADS, None))
     kind = _class(body) if kind is None else kind
     tensors = _tensors(folder)
-    try:
-        config = kind.config_class.from_dict(body)
-        with torch.device("meta"):
-            full = kind(config)
-    except Exception as error:
-        raise ValueError(f"{kind.__name__} does not take its configuration: {error}") from error
+    path = folder / (SAFE if (folder / SAFE).is_file() else PICKLED)
+    limits = FileLimits.of(path, [tensor.shape for tensor in tensors.values()])
+    full = build_empty(kind, body, limits)
+    # Zeros will stand for what is absent, of which the file has nothing.
+    limits.room.take(f"a {kind.__name__} in full", bytes_of(full.parameters()))
     filled = fill_absent(full, tensors, pruned)
     try:
-        model, found = kind.from_pretrained(
-            None, config=config, state_dict=filled, output_loading_info=True
-        )
+        with bounded(limits):
+            model, found = kind.from_pretrained(
+                None, config=full.config, state_dict=filled, output_loading_info=True
+            )
     except RuntimeError as error:
         raise ValueError(f"{kind.__name__} does not take its tensors: {error}") from error
     buffers = {name for name, _ in model.named_buffers()}
@@ -139,6 +141,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"it has neither {SAFE} nor {PICKLED}, in one file each.")
     try:
+        check_stored_plainly(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         first = (str(error).splitlines() or ["it is empty"])[0]

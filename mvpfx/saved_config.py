@@ -34,7 +34,10 @@ def read_config(folder: Path, manifest: Manifest) -> PruningConfig | None:
     """The configuration in a verified checkpoint; None where its model was not prepared."""
     if CONFIG not in manifest.files:
         return None
-    return PruningConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"))
+    try:
+        return PruningConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"))
+    except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{folder / CONFIG} does not hold a configuration: {error}") from error
 
 
 def save_config(model: nn.Module, folder: Path) -> None:

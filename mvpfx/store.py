@@ -6,6 +6,7 @@ Reading order: `save`, `load`, then what they check.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -16,10 +17,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mvpfx.blueprint import Blueprint, class_before, describe, fill, make_skeleton
+from mvpfx.blueprint import Blueprint, class_before, describe, fill
+from mvpfx.expected_tensors import FLOATS, check_types
+from mvpfx.file_limits import FileLimits, Room
 from mvpfx.manifest import digest_of, flush, measured, replacing, settled
 from mvpfx.packing import (
+    LONGEST,
     VALUES,
+    as_scale,
+    as_shape,
     is_worth_it,
     lengthen,
     pack,
@@ -30,6 +36,7 @@ from mvpfx.packing import (
 )
 from mvpfx.pipeline import Decision, Record
 from mvpfx.report import Report, Row
+from mvpfx.skeleton import make_skeleton
 from mvpfx.state import State, attach_state, find_state
 from mvpfx.totals import Totals
 
@@ -39,6 +46,8 @@ FORMAT = "mvpfx model"
 VERSION = 2
 READABLE = (1, 2)
 """Versions that can be loaded; the first had the indices of sparse weights as they are."""
+_ROW_BYTES = 24
+"""That a row takes while its indices are unpacked."""
 ADVICE = "Save the model again with mvpfx.save."
 
 
@@ -70,6 +79,7 @@ def save(model: nn.Module, folder: str | Path, *, values: str = "exact") -> Path
     if values not in VALUES:
         raise ValueError(f"values must be one of {', '.join(VALUES)}; found {values!r}.")
     blueprint, tensors = describe(model)
+    check_types(blueprint.tensors)
     stored, packed = _pack_all(tensors, values)
     indices = _pack_indices(stored)
     body = {
@@ -97,19 +107,29 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     try:
         body = _read(folder)
         blueprint = Blueprint(**body["blueprint"])
-        tensors = _unpack_all(_tensors(folder), body["packed"])
-        _unpack_indices(tensors, body.get("indices", {}))
+        tensors = _tensors(folder)
+        shapes = [tensor.shape for tensor in tensors.values()]
+        limits = FileLimits.of(folder / TENSORS, shapes, len(blueprint.modules))
+        tensors = _unpack_all(tensors, body["packed"], limits.room)
+        _unpack_indices(tensors, body.get("indices", {}), limits.room)
         _check_tensors(blueprint, tensors)
-        loaded = make_skeleton(blueprint) if model is None else model
+        loaded = make_skeleton(blueprint, limits) if model is None else model
         found = type(loaded).__name__
         if found not in (blueprint.kind, class_before(blueprint.kind)):
             raise ValueError(f"a {blueprint.kind} was saved, not a {found}")
         fill(loaded, blueprint, tensors)
         report = read_report(body["report"])
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{folder} cannot be loaded: {error}. {ADVICE}") from error
     attach_state(loaded, State(records=report.records, report=report))
     return loaded.eval()
+
+
+_DAMAGE = (
+    *(ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError),
+    *(ArithmeticError, AssertionError, MemoryError),
+)
+"""What reading a file raises that holds something other than what `save` writes."""
 
 
 def report_data(report: Report) -> dict[str, Any]:
@@ -171,23 +191,33 @@ def _pack_all(
 
 
 def _unpack_all(
-    stored: dict[str, Tensor], packed: Mapping[str, Mapping[str, Any]]
+    stored: dict[str, Tensor], packed: Mapping[str, Mapping[str, Any]], room: Room
 ) -> dict[str, Tensor]:
     tensors = dict(stored)
     for name, entry in packed.items():
-        dtype = getattr(torch, entry["dtype"])
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{name} has no type {entry['dtype']}")
-        values = lengthen(tensors.pop(f"{name}.packed"), float(entry["scale"]), dtype)
-        gaps = tensors.pop(f"{name}.gaps", None)
-        shape = tuple(entry["shape"])
-        if gaps is None and tuple(values.shape) != shape:
-            raise ValueError(f"{name} is {list(values.shape)}, and {list(shape)} was saved")
         try:
-            tensors[name] = values if gaps is None else unpack(values, gaps, shape)
+            tensors[name] = _unpack(name, tensors, entry, room)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return tensors
+
+
+def _unpack(name: str, tensors: dict[str, Tensor], entry: Mapping[str, Any], room: Room) -> Tensor:
+    if entry["dtype"] not in FLOATS:
+        raise ValueError(f"it cannot be of type {entry['dtype']!r}")
+    dtype, shape = getattr(torch, entry["dtype"]), as_shape(entry["shape"])
+    short, gaps = tensors.pop(f"{name}.packed"), tensors.pop(f"{name}.gaps", None)
+    if short.dtype not in (dtype, torch.bfloat16, torch.int8):
+        raise ValueError(f"values of {short.dtype} do not stand for {dtype}")
+    values = lengthen(short, as_scale(entry["scale"]), dtype)
+    if gaps is not None:
+        # A byte of a gap stands for so many places; zeros after the last one have nothing.
+        attested = LONGEST * (gaps.numel() + 1)
+        room.take(name, (math.prod(shape) - attested) * values.element_size())
+        return unpack(values, gaps, shape)
+    if tuple(values.shape) != shape:
+        raise ValueError(f"it is {list(values.shape)}, and {list(shape)} was saved")
+    return values
 
 
 def _pack_indices(stored: dict[str, Tensor]) -> dict[str, dict[str, int]]:
@@ -202,10 +232,14 @@ def _pack_indices(stored: dict[str, Tensor]) -> dict[str, dict[str, int]]:
     return packed
 
 
-def _unpack_indices(tensors: dict[str, Tensor], packed: Mapping[str, Mapping[str, int]]) -> None:
+def _unpack_indices(
+    tensors: dict[str, Tensor], packed: Mapping[str, Mapping[str, int]], room: Room
+) -> None:
     for layer, size in packed.items():
         try:
-            crow, col = unpack_indices(tensors.pop(f"{layer}.gaps"), size["rows"], size["columns"])
+            rows, columns = as_shape([size["rows"], size["columns"]])
+            room.take(layer, _ROW_BYTES * rows)
+            crow, col = unpack_indices(tensors.pop(f"{layer}.gaps"), rows, columns)
         except ValueError as error:
             raise ValueError(f"{layer}: {error}") from None
         tensors[f"{layer}.crow_indices"], tensors[f"{layer}.col_indices"] = crow, col
@@ -237,7 +271,10 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
     try:
-        return load_file(folder / TENSORS)
+        found = load_file(folder / TENSORS)
+        # Kernels read whole numbers of a type's bytes at a time, and a header may be of any length.
+        askew = {n: t.clone() for n, t in found.items() if t.data_ptr() % t.element_size()}
+        return {**found, **askew}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{TENSORS} is no safetensors file: {error}") from None
 

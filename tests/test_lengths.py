@@ -204,8 +204,9 @@ def test_what_replaces_a_parameter_later(
     with torch.no_grad():
         small(X)  # whatever is prepared is prepared
         value = module.get_parameter(name).detach()[:1].clone()
-        with pytest.raises((ValueError, RuntimeError)):  # where it is replaced, or in the call
-            way(module, name, value), small(X)
+        with pytest.raises((ValueError, RuntimeError)):  # noqa: PT012  here, or in the call
+            way(module, name, value)
+            small(X)
 
 
 def test_indices_of_a_state_dict_are_looked_at() -> None:
