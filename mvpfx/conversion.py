@@ -20,6 +20,7 @@ from mvpfx.kernels.chain import Chain
 from mvpfx.kernels.fused_region import FusedRegion
 from mvpfx.kernels.library import LIBRARY, MISSING
 from mvpfx.native_linear import NativeLinear
+from mvpfx.net import caught
 from mvpfx.passes.capture import Capture
 from mvpfx.passes.choose_storage import HOPELESS, ChooseStorage
 from mvpfx.passes.find_sites import FindSites
@@ -225,7 +226,12 @@ def _shrunk(
     """Shrink a program; where a model computes with attention weights that its blocks return, with
     these as they were.
     """
-    shrunk, records = run((shrink,), folded)
+    try:
+        shrunk, records = run((shrink,), folded)
+    except Exception as error:  # noqa: BLE001  the net
+        reason = caught(error, "making the model smaller")
+        declined = (Decision("", "shrink", False, reason),)
+        return folded, [Record(shrink.name, {}, {}, declined, 0.0, False)]
     if narrows_results(records) and not agree(_plain(folded), _plain(shrunk), example_inputs):
         shrunk, records = run((replace(shrink, returned=False),), folded)
     return shrunk, records

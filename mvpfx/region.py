@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from mvpfx.call import blank
 from mvpfx.interception import is_capturing
@@ -21,7 +21,7 @@ from mvpfx.recording import CaptureError, Recording
 from mvpfx.signature import Configuration, flatten, signature
 from mvpfx.sizes import UnknownSizeError
 from mvpfx.swap import MASK_SUFFIX, masked_names, original_class, runtime_of, set_runtime
-from mvpfx.torch_private import GuardOnDataDependentSymNode
+from mvpfx.torch_private import GuardOnDataDependentSymNode, is_size_known
 from mvpfx.traces import is_traced
 from mvpfx.transformers_types import is_checkpointed_block, is_idle_hook
 from mvpfx.variant import Variant
@@ -224,7 +224,12 @@ def capture_graph(module: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]
     Raises:
         CaptureError: with the reason.
     """
-    return _record(module, call, original_class(module).forward).graph
+    graph = _record(module, call, original_class(module).forward).graph
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and not all(map(is_size_known, value.shape)):
+            raise CaptureError(f"the size of what {node.name} gives depends on data")
+    return graph
 
 
 def _record(

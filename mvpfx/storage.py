@@ -155,23 +155,23 @@ class SparseLinear(LooksAgain):
             self.crow_indices, self.col_indices, self.values, self.out_features, self.in_features
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map `[..., K]` to `[..., N]`.
 
         The result's dtype is the input's, or autocast's where autocast is on.
         """
-        if is_traced() or transforms_active() or x.layout is not torch.strided or x.is_nested:
+        if is_traced() or transforms_active() or input.layout is not torch.strided or input.is_nested:
             # Plain operations: every trace, transform and ONNX knows them, torch for such inputs.
-            return F.linear(x, self.dense(), self.bias)
-        if x.shape[-1] != self.in_features:
+            return F.linear(input, self.dense(), self.bias)
+        if input.shape[-1] != self.in_features:
             raise ValueError(
-                f"the input has {x.shape[-1]} features, and this layer takes {self.in_features}."
+                f"the input has {input.shape[-1]} features, and this layer takes {self.in_features}."
             )
-        device = x.device.type
+        device = input.device.type
         if not torch.is_autocast_enabled(device):
-            return self._compute(x)
+            return self._compute(input)
         with torch.autocast(device, enabled=False):
-            out = self._compute(x.to(self.values.dtype))
+            out = self._compute(input.to(self.values.dtype))
         return out.to(torch.get_autocast_dtype(device))
 
     def extra_repr(self) -> str:

@@ -162,6 +162,11 @@ def size_hint(size: int | torch.SymInt) -> int:
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
+def is_size_known(size: int | torch.SymInt) -> bool:
+    """Whether a size had a number when the call was recorded; else only data tell it."""
+    return not isinstance(size, torch.SymInt) or size.node.has_hint()
+
+
 class SymbolicShapes:
     """Fake tensors whose sizes above 1 are symbols, and the guards met while they were used.
 

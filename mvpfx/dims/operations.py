@@ -59,6 +59,8 @@ def find_operation(node: fx.Node, module: nn.Module | None = None) -> Operation 
         node: any node.
         module: what a call_module node calls.
     """
+    if not node.args:  # its operands come by name, which nobody here looks for
+        return None
     if node.op == "call_module":
         return _module_operation(module)
     if node.op == "call_method":
