@@ -30,8 +30,8 @@ from mvpfx.sparse_matmul import (
     to_dense,
     transposes,
 )
-from mvpfx.torch_private import transforms_active
-from mvpfx.traces import dispatch_modes_active, is_traced
+from mvpfx.torch_private import is_jit_tracing, transforms_active
+from mvpfx.traces import dispatch_modes_active, is_traced, untraced
 
 Layout = Literal["feature_major", "token_major", "tiled"]
 BLOCKS = (32, 16, 8, 4)
@@ -160,12 +160,14 @@ class SparseLinear(LooksAgain):
 
         The result's dtype is the input's, or autocast's where autocast is on.
         """
-        if is_traced() or transforms_active() or input.layout is not torch.strided or input.is_nested:
+        odd = input.layout is not torch.strided or input.is_nested
+        if odd or is_traced() or transforms_active():
             # Plain operations: every trace, transform and ONNX knows them, torch for such inputs.
-            return F.linear(input, self.dense(), self.bias)
+            return F.linear(input, self._plain_weight(), self.bias)
         if input.shape[-1] != self.in_features:
             raise ValueError(
-                f"the input has {input.shape[-1]} features, and this layer takes {self.in_features}."
+                f"the input has {input.shape[-1]} features, and this layer takes "
+                f"{self.in_features}."
             )
         device = input.device.type
         if not torch.is_autocast_enabled(device):
@@ -231,6 +233,13 @@ class SparseLinear(LooksAgain):
         if self.output_layout != "feature_major":
             y = y.contiguous()
         return y.view(*front, rows)
+
+    def _plain_weight(self) -> Tensor:
+        """The dense weight; in a trace of TorchScript a constant, which other runtimes want."""
+        if not is_jit_tracing() or self.values.requires_grad:
+            return self.dense()
+        with untraced(), torch.no_grad():
+            return self.dense()
 
     def _needs_gradient(self, x: Tensor) -> bool:
         bias = self.bias

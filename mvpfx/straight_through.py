@@ -122,11 +122,13 @@ def apply_mask(
         done: called when the backward pass needs the mask no more; not where it is compiled.
     """
     compiling = torch.compiler.is_compiling()
+    if not compiling and is_traced():  # alike with and without gradients, which torch.jit compares
+        return _as_plain_operations(weight, scores, mask, layout, whole)
     if not torch.is_grad_enabled():
         return weight if mask is None else weight * mask if compiling else product(weight, mask)
     if scores is None and mask is None:
         return weight
-    if not compiling and (transforms_active() or is_traced()):
+    if not compiling and transforms_active():
         return _as_plain_operations(weight, scores, mask, layout, whole)
     if scores is None and compiling and mask is not None and not whole:
         return weight * mask

@@ -23,8 +23,7 @@ every_storage = pytest.mark.parametrize("storage", STORAGES)
 first = pytest.mark.parametrize("first", [True, False], ids=["first call", "later"])
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*legacy TorchScript-based ONNX:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
 
