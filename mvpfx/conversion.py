@@ -44,6 +44,8 @@ from mvpfx.totals import measure_totals
 CSR_PAYS = 1.25
 """How many times as long as the native kernel csr may take at a site, and still be worth a try for
 the whole model; natively, neighbours save what getting into tiles costs a site by itself."""
+WORTH_MS = 0.1
+"""Milliseconds of a call for which a smaller model is given up."""
 UNTOUCHED = "the model as it was is faster than a smaller one"
 EDGES = 3.0
 """How many times as long as the dense matmul a native one may take by itself, into tiles and out of
@@ -114,7 +116,7 @@ def _convert(
         name = _fastest(comparison, dense, [name, *others]) if auto else name
         if name in others:
             (chosen, lowerings), small = others[name], versions[name]
-        if auto and smaller and comparison.is_clearly_faster("dense", name):
+        if auto and smaller and _is_slower(comparison, name):
             shrinking = [_undone(record, comparison, name) for record in shrinking]
             name, small = "dense", versions["dense"]
             steps = (ChooseStorage("dense", why=UNTOUCHED), PropagateLayout(), LowerMatmuls())
@@ -142,6 +144,14 @@ def _fastest(comparison: Comparison, dense: str, names: list[str]) -> str:
         return dense
     best = comparison.fastest(*sparse)
     return best if comparison.is_clearly_faster(best, dense) else dense
+
+
+def _is_slower(comparison: Comparison, name: str) -> bool:
+    """Whether a smaller version takes clearly longer than the model as it was: it is worth keeping
+    for its size where that is next to nothing.
+    """
+    lost_ms = comparison.latency[name].median_ms - comparison.latency["dense"].median_ms
+    return lost_ms > WORTH_MS and comparison.is_clearly_faster("dense", name)
 
 
 def _undone(record: Record, comparison: Comparison, name: str) -> Record:

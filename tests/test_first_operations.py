@@ -3,6 +3,8 @@
 Each is run by a model on native kernels, with the net under optimisations off.
 """
 
+# pyright: reportUnknownLambdaType=false, reportArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -66,9 +66,12 @@ def test_each_mode_runs_the_same_chains(
         small = ffn()
     assert not any(p.requires_grad or p.is_inference() for p in small.parameters())
     packed: list[object] = []
-    monkeypatch.setattr(
-        weights, "PackedWeight", lambda layers: packed.append(0) or PackedWeight(layers)
-    )
+
+    def counted(layers: Any) -> PackedWeight:
+        packed.append(layers)
+        return PackedWeight(layers)
+
+    monkeypatch.setattr(weights, "PackedWeight", counted)
     with mode():
         outs = [small(X) for _ in range(3)]
     assert not any(out.requires_grad for out in outs)
@@ -177,26 +180,47 @@ def test_writes_past_all_counters_are_seen_after_eval(
         assert (small(x) - wanted(small, x)).abs().max() <= limit
 
 
+def _load(small: Any, other: dict[str, Tensor]) -> None:
+    small.load_state_dict({name: value * 1 for name, value in other.items()})
+
+
+def _assign(small: Any, other: dict[str, Tensor]) -> None:
+    small.load_state_dict({name: value * 1 for name, value in other.items()}, assign=True)
+
+
+def _round(small: Any, _: dict[str, Tensor]) -> None:
+    small.to(torch.bfloat16).to(torch.float32)
+
+
+def _halve(small: Any, _: dict[str, Tensor]) -> None:
+    small.half().float()
+
+
+def _share(small: Any, _: dict[str, Tensor]) -> None:
+    small.share_memory()
+
+
+def _in_place(small: Any, _: dict[str, Tensor]) -> None:
+    for parameter in small.parameters():
+        parameter.mul_(1.25)
+
+
+CHANGES = (_load, _assign, _round, _halve, _share, _in_place)
+
+
 @kernels
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("lowering", ["csr", "native"])
 def test_whatever_else_changes_weights_is_seen_at_once(lowering: str, mode: Any) -> None:
     small = ffn(lowering=lowering)
     with mode():
-        for change in (
-            lambda other: small.load_state_dict({k: v * 1 for k, v in other.items()}),
-            lambda other: small.load_state_dict({k: v * 1 for k, v in other.items()}, assign=True),
-            lambda _: small.to(torch.bfloat16).to(torch.float32),
-            lambda _: small.half().float(),
-            lambda _: small.share_memory(),
-            lambda _: [p.mul_(1.25) for p in small.parameters()],
-        ):
+        for change in CHANGES:
             small(X)
             other = {
                 name: value * 0.5 if value.is_floating_point() else value
                 for name, value in small.state_dict().items()
             }
-            change(other)
+            change(small, other)
             for _ in range(2):
                 assert (small(X) - wanted(small, X)).abs().max() <= 1e-5
         for twin in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
@@ -250,12 +274,15 @@ def test_a_gain_that_is_noise_keeps_weights_dense(
     def measure(*_: object) -> dict[str, Quartiles]:
         return {"dense": Quartiles(3.0, 2.9, 3.2), "csr": Quartiles(*csr)}
 
+    def missing(*_: object) -> str:
+        return "not here"
+
     def compare(functions: dict[str, Any], *_: object, **__: object) -> dict[str, Quartiles]:
         kinds = {"dense": Quartiles(3.0, 2.9, 3.2), "all dense": Quartiles(3.0, 2.9, 3.2)}
         return {name: kinds.get(name, Quartiles(*csr)) for name in functions}
 
     monkeypatch.setattr("mvpfx.passes.choose_storage.measure_storages", measure)
-    monkeypatch.setattr("mvpfx.passes.choose_storage.no_kernels", lambda *_: "not here")
+    monkeypatch.setattr("mvpfx.passes.choose_storage.no_kernels", missing)
     monkeypatch.setattr("mvpfx.comparison.compare", compare)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
     with torch.no_grad():
