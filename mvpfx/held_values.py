@@ -67,7 +67,7 @@ def walk(value: Any, seen: set[int], depth: int = 0) -> Iterator[Any]:
         return
     yield container
     if isinstance(container, dict):
-        for key, inner in container.items():
+        for key, inner in dict.items(cast("Any", container)):  # past methods of its own
             if key not in WRITTEN:
                 yield key if type(key) in PLAIN else type(key)
                 yield from walk(inner, seen, depth + 1)
@@ -89,7 +89,7 @@ def content(container: Any) -> tuple[Any, ...]:
         return (array.shape, array.dtype.str, repr(array) if whole else array.tobytes())
     if isinstance(container, dict):
         held = cast("dict[Any, Any]", container)
-        return (*held, *held.values())
+        return (*held, *dict.values(held))
     slots = _slots(container)
     return tuple(getattr(container, name, None) for name in slots) if slots else tuple(container)
 

@@ -169,14 +169,14 @@ class SideEffects:
         self.buffers = [(b, b._version, b.clone()) for b in module.buffers() if b.dim() == 0]
         seen: set[int] = set()
         self.containers = [
-            (f"{type(part).__name__}.{key}", container, container.copy())
+            (f"{type(part).__name__}.{key}", container, _copy(container))
             for part in module.modules()
             for key, value in own_values(part)
             for container in walk(value, seen)
             if isinstance(container, _WRITABLE)
         ]
         self.containers += [
-            (name, container, container.copy())
+            (name, container, _copy(container))
             for name, container in outside.containers()
             if isinstance(container, _WRITABLE)
         ]
@@ -223,6 +223,11 @@ def _tables(part: nn.Module) -> Iterator[dict[Any, Any]]:
 _WRITABLE = (list, dict, set, deque, numpy.ndarray)
 
 
+def _copy(container: Any) -> Any:
+    """What a container holds; a dictionary past methods that would make its values."""
+    return dict(dict.items(container)) if isinstance(container, dict) else container.copy()
+
+
 def _refill(container: Any, before: Any) -> None:
     if isinstance(container, numpy.ndarray):
         container[...] = before
@@ -240,9 +245,10 @@ def _differs(container: Any, before: Any) -> bool:
     if isinstance(container, numpy.ndarray):
         return not same(content(container), content(before))
     if isinstance(container, dict):
+        held = _copy(container)
         return any(
-            k not in before or k not in container or container[k] is not before[k]
-            for k in (container.keys() | before.keys()) - WRITTEN
+            k not in before or k not in held or held[k] is not before[k]
+            for k in (held.keys() | before.keys()) - WRITTEN
         )
     if len(container) != len(before):
         return True

@@ -41,6 +41,30 @@ def watch_steps(watcher: Watcher) -> None:
 
 
 @torch.no_grad()
+def unscaled(optimizer: Optimizer) -> bool:
+    """Take a loss scale off the gradients of an optimizer that would do so itself while it steps.
+
+    A `GradScaler` leaves this to fused optimizers: it hands them the scale, and whether any
+    gradient is infinite, in which case they step without changing anything. All other optimizers
+    have unscaled gradients, and are not called at all for such a step.
+
+    Returns:
+        Whether the step counts: False where the optimizer is going to skip it.
+    """
+    overflowed = getattr(optimizer, "found_inf", None)
+    if overflowed is not None and bool(overflowed):
+        return False
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is not None:
+        factor = torch.as_tensor(scale).double().reciprocal().float()
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor.to(parameter.grad.device))
+        optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+    return True
+
+
+@torch.no_grad()
 def observe(masks: Sequence[Mask], optimizer: Optimizer) -> None:
     """Have the criteria of masks see the gradients of the scores or weights an optimizer holds.
 

@@ -200,7 +200,7 @@ class _Code:
             for inner in (cast("Any", value).func, *value.args, *value.keywords.values()):
                 self._add_object(inner)
         elif isinstance(value, (dict, list, tuple)):
-            held = cast("Any", value).values() if isinstance(value, dict) else value
+            held = dict.values(cast("Any", value)) if isinstance(value, dict) else value
             for inner in islice(held, LONGEST):
                 self._add_object(inner)
         elif isinstance(value, functools._lru_cache_wrapper):  # pyright: ignore[reportPrivateUsage]

@@ -5,7 +5,7 @@ Imports transformers, so nothing but `mvpfx.hf` imports this module.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +152,9 @@ def separate_scores(
         `optimizer` itself.
 
     Raises:
-        ValueError: it has state already.
+        ValueError: it has taken steps already.
     """
-    if optimizer.state:
+    if any(_has_stepped(state) for state in optimizer.state.values()):
         raise ValueError(
             "the optimizer has taken steps already, and its state belongs to its groups. "
             "Call separate_scores right after the optimizer is made."
@@ -166,6 +166,11 @@ def separate_scores(
         group = {"params": list(scores.values()), "lr": score_lr, "weight_decay": 0.0}
         optimizer.add_param_group(group)
     return optimizer
+
+
+def _has_stepped(state: Mapping[str, Any]) -> bool:
+    """Whether the state of a parameter is that after a step: Adagrad has some before the first."""
+    return float(state["step"]) > 0 if "step" in state else bool(state)
 
 
 def check_groups(model: nn.Module, groups: list[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from mvpfx.checks import as_count
 from mvpfx.cut import check_cuts, cut
 from mvpfx.distributed import is_sharded
 from mvpfx.mask import Mask
-from mvpfx.observation import observe, watch_steps
+from mvpfx.observation import observe, unscaled, watch_steps
 from mvpfx.ranking import leading, rank_together
 from mvpfx.short_run import warn_of_short_run
 from mvpfx.state import mark_optimizer_built
@@ -113,6 +113,8 @@ class SparsityScheduler:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Look at gradients before an optimizer takes them; called by torch."""
+        if not unscaled(optimizer):
+            return
         accumulate([m for m in self._accumulating if m.watcher == self._number], optimizer)
         observe(self._observing, optimizer)
         for steering in self._steerings:

@@ -205,3 +205,32 @@ def test_an_override_for_a_site_without_channels() -> None:
         'the site out: overrides={"4": None}',
     ):
         mvpfx.prepare(model, config, example_inputs=BATCH)
+
+
+class Split(nn.Module):
+    """A projection in unequal parts, some of which feed other layers, as in Mamba."""
+
+    def __init__(self, parts: tuple[int, ...]) -> None:
+        super().__init__()
+        self.parts = parts
+        self.x, self.out = nn.Linear(16, sum(parts)), nn.Linear(8, 3)
+        self.ups = nn.ModuleList(nn.Linear(part, 8) for part in parts[:-1])
+
+    def forward(self, a: Tensor) -> Tensor:
+        *first, rest = self.x(a).split(self.parts, -1)
+        hidden = sum(up(part).relu() for up, part in zip(self.ups, first, strict=True))
+        return self.out(hidden * rest.mean(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("granularity", ["channel", "hybrid"])
+@pytest.mark.parametrize("parts", [(4, 16), (4, 4, 8), (16, 4), (3, 5, 2), (6, 6)])
+def test_a_projection_split_unequally(parts: tuple[int, ...], granularity: str) -> None:
+    torch.manual_seed(0)
+    model, x = Split(parts), torch.randn(5, 16)
+    config = half(granularity=granularity)
+    mvpfx.prepare(model, config, example_inputs=x)
+    wanted = model.eval()(x)
+    small = mvpfx.convert(model, example_inputs=x, lowering="dense")
+    torch.testing.assert_close(small(x), wanted)
+    out: Any = small.get_submodule("out")
+    assert (out.in_features < 8) == (granularity == "channel")

@@ -3,6 +3,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -142,5 +143,27 @@ def test_scores_are_moved_to_their_own_group_before_the_first_step() -> None:
     with raises(
         "the optimizer has taken steps already, and its state belongs to its groups. "
         "Call separate_scores right after the optimizer is made."
+    ):
+        separate_scores(optimizer, student)
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.optim.Adagrad, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.SGD]
+)
+def test_state_from_the_start_is_no_step(kind: Any) -> None:
+    student = mvpfx.prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+    optimizer = separate_scores(kind(student.parameters(), lr=0.1), student, 0.5)
+    scores = [p.clone() for p in optimizer.param_groups[1]["params"]]
+    student(torch.randn(5, 4)).square().sum().backward()
+    optimizer.step()
+    pairs = zip(optimizer.param_groups[1]["params"], scores, strict=True)
+    assert [bool((now != then).any()) for now, then in pairs] == [True, True]
+    with (
+        raises(
+            "the optimizer has taken steps already, and its state belongs to its groups. "
+            "Call separate_scores right after the optimizer is made."
+        )
+        if kind is not torch.optim.SGD
+        else nullcontext()
     ):
         separate_scores(optimizer, student)

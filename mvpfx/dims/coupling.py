@@ -78,22 +78,34 @@ def _in_region(
     program: Program, region: str, inside: dict[str, Site], obstacle: Obstacle
 ) -> dict[str, ChannelUnit]:
     units: dict[str, ChannelUnit] = {}
+    alone: list[dict[str, ChannelUnit]] = []
     parts = [0.0, 0.25, 0.75, 1.0]
     sightings = [_look(program, region, inside, obstacle, part) for part in parts]
     for reader, first in sightings[0].items():
         seen = [sighting.get(reader) for sighting in sightings]
+        channels = inside[reader].shape[_input_dim(inside[reader])]
         group = {
-            name: ChannelUnit(reader, None, 1, _columns(inside[name])) for name in first.readers
+            name: ChannelUnit(reader, None, 1, _columns(inside[name]))
+            for name in first.readers
+            if inside[name].shape[_input_dim(inside[name])] == channels
         }
         for maker in first.rows:
             rows = [sighting.rows.get(maker, ()) if sighting else () for sighting in seen]
             columns = [_column(inside[reader], part) for part in parts]
-            shape = _spread(rows, columns, inside[maker].shape[inside[maker].out_dim])
-            if shape is not None:
+            outputs = inside[maker].shape[inside[maker].out_dim]
+            shape = _spread(rows, columns, outputs)
+            if shape is not None and shape[0] * shape[1] * channels == outputs:
                 group[maker] = ChannelUnit(reader, shape[1], shape[0], None)
         free = {name: unit for name, unit in group.items() if name not in units}
         if reader in free and any(not unit.reads for unit in free.values()):
             units |= free
+        elif reader in free and first.rows.keys() - group:
+            alone.append(free)
+    # A maker with other rows besides, as that of a projection split into unequal parts, has no
+    # score for each channel. Its rows are removed all the same where nothing reads them.
+    for group in alone:
+        if not group.keys() & units.keys():
+            units |= group
     return units
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mvpfx.native import Interface
+from mvpfx.torch_private import transforms_active
 from mvpfx.traces import dispatch_modes_active
 
 _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
@@ -41,7 +42,7 @@ def serves(values: Tensor, *others: Tensor) -> bool:
     """
     if LIBRARY is None or values.dtype != torch.float32:
         return False
-    if torch.compiler.is_compiling() or dispatch_modes_active():
+    if torch.compiler.is_compiling() or dispatch_modes_active() or transforms_active():
         return False
     shape = values.shape
     for each in (values, *others):  # asked several times a site and step: no generator
