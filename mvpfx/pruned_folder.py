@@ -71,7 +71,7 @@ def _load(folder: Path, kind: Any) -> PreTrainedModel:
             model, found = kind.from_pretrained(
                 None, config=full.config, state_dict=filled, output_loading_info=True
             )
-    except RuntimeError as error:
+    except Exception as error:
         raise ValueError(f"{kind.__name__} does not take its tensors: {error}") from error
     buffers = {name for name, _ in model.named_buffers()}
     missing, unexpected = found["missing_keys"], set(found["unexpected_keys"]) - buffers

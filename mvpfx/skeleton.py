@@ -56,11 +56,11 @@ def build_empty(kind: Any, config: Mapping[str, Any], limits: FileLimits) -> Any
     try:
         with bounded(limits), torch.device("meta"):
             model = kind(kind.config_class.from_dict(plain))
+        for key, value in config.items():  # as it was, where it is no longer read
+            if key not in plain or (type(value) is int and type(plain[key]) is float):
+                setattr(model.config, key, value)
     except Exception as error:
         raise ValueError(f"{kind.__name__} does not take its configuration: {error}") from error
-    for key, value in config.items():  # as it was, where it is no longer read
-        if key not in plain or (type(value) is int and type(plain[key]) is float):
-            setattr(model.config, key, value)
     return model
 
 

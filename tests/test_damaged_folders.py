@@ -134,7 +134,7 @@ def lines(process: subprocess.Popen[str]) -> Any:
     """Lines as they come; the process is ended where the next one takes too long."""
     assert process.stdout is not None
     while True:
-        patience = threading.Timer(60.0, process.kill)  # the first line comes after the imports
+        patience = threading.Timer(120.0, process.kill)  # the first line comes after the imports
         patience.start()
         line = process.stdout.readline()
         patience.cancel()
