@@ -102,9 +102,11 @@ class Interception:
 
     def _enter(self, stack: ExitStack) -> None:
         recorder, owner = self.recorder, threading.get_ident()
+        recording = [True]  # a function that another thread took may be called when it is over
+        stack.callback(recording.clear)
 
         def mine() -> bool:
-            return threading.get_ident() == owner and not recorder.paused
+            return bool(recording) and threading.get_ident() == owner and not recorder.paused
 
         call_module = nn.Module.__call__
 
