@@ -18,6 +18,14 @@ from mvpfx.file_limits import COUNT
 from mvpfx.native_linear import NativeLinear
 from mvpfx.recurrent import refresh_flat_weights
 from mvpfx.reduced_attention import ReducedAttention
+from mvpfx.shared_bias import (
+    KEPT,
+    all_heads,
+    class_name,
+    most_heads,
+    shared_bias_class,
+    takes_shared_bias,
+)
 from mvpfx.sparse_matmul import block_of, check_indices, check_sizes
 from mvpfx.storage import Layout, SparseLinear
 from mvpfx.swap import original_class
@@ -167,6 +175,9 @@ def _check_modules(model: nn.Module, blueprint: Blueprint) -> None:
         replaced = kind in (SPARSE, NATIVE_DENSE) and linear
         if kind in REDUCED and original_class(module) is REDUCED[kind][0]:
             module.__class__ = cast("Any", REDUCED[kind][1])
+        elif takes_shared_bias(module) and kind == class_name(found):
+            module.__class__ = cast("Any", shared_bias_class(original_class(module)))
+            module.register_buffer(KEPT, all_heads(most_heads(module)))
         elif found != kind and not replaced:
             raise ValueError(f"{name} is a {found}, and a {kind} was saved")
     if own:

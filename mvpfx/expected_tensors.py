@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mvpfx.shared_bias import KEPT, is_shared
 from mvpfx.transformers_types import is_conv1d
 
 Sizes = Mapping[str, Mapping[str, int]]
@@ -61,7 +62,9 @@ def check_shapes(
                     raise ValueError(f"{full} is missing, which {type(module).__name__} needs")
                 continue
             shape = tuple(found[leaf]["shape"])
-            if known is not None and leaf in known:
+            if leaf == KEPT and is_shared(type(module)) and tensor is not None:
+                fits = len(shape) == 1 and 0 < shape[0] <= len(tensor)
+            elif known is not None and leaf in known:
                 fits = shape == known[leaf]
             else:
                 fits = tensor is not None and follows(

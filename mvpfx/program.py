@@ -164,7 +164,7 @@ class Program:
             if value is None:
                 owner._parameters[leaf] = None
                 continue
-            if leaf in owner._buffers:
+            if leaf in owner._buffers or not (value.is_floating_point() or value.is_complex()):
                 owner._buffers[leaf] = value.detach().clone()
                 continue
             if id(value) not in made:

@@ -17,6 +17,7 @@ from torch import fx
 
 from mvpfx.checks import as_count
 from mvpfx.dims.attention import Attention
+from mvpfx.dims.choice import with_choices
 from mvpfx.dims.experts import align_experts
 from mvpfx.dims.flow import HEAD_DIM, Flow, folds_of
 from mvpfx.dims.follow import Attributes, find_attributes, other_attributes
@@ -25,9 +26,11 @@ from mvpfx.dims.proof import find_difference
 from mvpfx.dims.reading import Reading
 from mvpfx.dims.remains import find_remains
 from mvpfx.dims.rewrite import make_writable, rewrite
+from mvpfx.dims.value import Value
 from mvpfx.layer import find_obstacles
 from mvpfx.pipeline import Decision, Pass, Record
 from mvpfx.program import Program, copy_graph, full_name
+from mvpfx.shared_bias import KEPT
 
 CHANNELS = "remove dead channels"
 HEADS = "remove dead heads"
@@ -64,12 +67,37 @@ class ShrinkDims(Pass):
                 yield Decision(name, EXPERTS, True, reason)
         flows = [Flow(program, region, obstacle) for region in program.graphs]
         tries = TRIES
-        for flow in flows:
-            flow.solve(self.returned)
-            tries = shrink(program, flow, self.multiple_of, tries)
-            yield from removals(flow)
+        for number, flow in enumerate(flows):
+            chosen = self._with_choices(program, flow.region)
+            if chosen is None:
+                flow.solve(self.returned)
+                tries = shrink(program, flow, self.multiple_of, tries)
+            else:
+                flows[number] = chosen
+            yield from removals(flows[number])
         for name, reason in find_remains(program, flows):
             yield Decision(name, CHANNELS, False, reason)
+
+    def _with_choices(self, program: Program, region: str) -> Flow | None:
+        """Shrink a region that chooses among biases of heads; None where it need not."""
+        trial = with_choices(program, region)
+        if trial is None:
+            return None
+        flow = Flow(trial, region, find_obstacles(trial))
+        flow.solve(self.returned)
+        if not any(v.kept_shape != v.shape for v in flow.parameters.values() if _numbers(v)):
+            return None
+        shrink(trial, flow, self.multiple_of)
+        if not any(v.kept_shape != v.shape for v in flow.parameters.values() if _numbers(v)):
+            return None
+        program.parameters, program.attributes = trial.parameters, trial.attributes
+        program.graphs[region] = trial.graphs[region]
+        return flow
+
+
+def _numbers(value: Value) -> bool:
+    """Whether a value holds the numbers of the heads that are left."""
+    return value.name.rpartition(".")[2] == KEPT
 
 
 def shrink(program: Program, flow: Flow, multiple: int, tries: int = TRIES) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,9 +94,47 @@ def test_windows(kind: str) -> None:
             if "bias_table" in name:
                 parameter.normal_()
         for i, name in enumerate(outs):
-            model.get_submodule(name).weight.view(16, 4, 4)[:, i : i + 3] = 0
+            weight = model.get_parameter(f"{name}.weight")
+            weight.view(16, 4, 4)[:, i : i + 3] = 0
     x = {"pixel_values": torch.randn(2, 3, 8, 8)}
     small = mvpfx.convert(model, example_inputs=x, lowering="dense")
     assert [small.get_submodule(name).weight.shape[1] for name in outs] == [4, 4]
     with torch.no_grad():
         torch.testing.assert_close(small(**x)[0], model(**x)[0])
+
+
+TEXT: dict[str, Any] = {"vocab_size": 40, "num_layers": 2, "num_heads": 4}
+SHARED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "T5": ("T5EncoderModel", {**TEXT, "d_model": 16, "d_kv": 4, "d_ff": 32}, "SelfAttention.o"),
+    "MPNet": (
+        "MPNetModel",
+        {"vocab_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 16,
+         "intermediate_size": 32, "max_position_embeddings": 40},
+        "attn.o",
+    ),
+    "Mpt": ("MptModel", {"vocab_size": 40, "d_model": 16, "n_heads": 4, "n_layers": 2}, "out_proj"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(SHARED))
+def test_layers_that_share_biases_lose_heads_of_their_own(name: str, tmp_path: Path) -> None:
+    kind, sizes, out = SHARED[name]
+    torch.manual_seed(0)
+    model = getattr(hf, kind)(getattr(hf, f"{name}Config")(**sizes)).eval()
+    outs = [n for n, _ in model.named_modules() if n.endswith(out)]
+    with torch.no_grad():
+        for i, layer in enumerate(outs):
+            weight = model.get_parameter(f"{layer}.weight")
+            weight.view(16, 4, 4)[:, i : i + 2] = 0
+    ids = torch.randint(3, 40, (2, 7))
+    small = mvpfx.convert(model, example_inputs={"input_ids": ids}, lowering="dense")
+    assert [small.get_submodule(layer).weight.shape[1] for layer in outs] == [8, 8]
+    loaded = mvpfx.load(mvpfx.save(small, tmp_path / "small"))
+    copies = [small, loaded, copy.deepcopy(small), pickle.loads(pickle.dumps(small))]
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    other = {"input_ids": torch.randint(3, 40, (3, 9)), "attention_mask": mask}
+    with torch.no_grad():
+        for again in copies:
+            for batch in ({"input_ids": ids}, other, {"input_ids": ids[:1, :1]}):
+                torch.testing.assert_close(again(**batch)[0], model(**batch)[0])

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mvpfx.dims.attention import Attention, CacheUpdate
+from mvpfx.dims.choice import HeadChoice, is_head_choice
 from mvpfx.dims.contraction import Contraction
 from mvpfx.dims.convolution import Convolution, Lookup
 from mvpfx.dims.elementwise import Comparison, Elementwise, PerChannel
@@ -58,7 +59,8 @@ def find_rule(step: Step, can_fold: bool) -> Rule:
     if step.name == "update" and _is_cache_update(step):
         return CacheUpdate()
     found = (
-        find_stack(step)
+        (HeadChoice() if is_head_choice(step) else None)
+        or find_stack(step)
         or find_indexed(step)
         or _product(step, can_fold)
         or _convolution(step, can_fold)

@@ -8,7 +8,6 @@ proved by recording it again.
 from __future__ import annotations
 
 import itertools
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,6 +18,7 @@ from mvpfx.dims.attention import Attention
 from mvpfx.dims.flow import Flow
 from mvpfx.dims.reading import VARIES
 from mvpfx.program import Program, full_name
+from mvpfx.shared_bias import COUNTS
 
 RATIOS = ("num_key_value_groups", "n_rep")
 """Attributes that hold the number of query heads to a key-value head."""
@@ -26,8 +26,6 @@ WIDTHS = ("all_head_size",)
 """Attributes that hold a width of all heads where it is the width of the model as well."""
 
 
-_COUNTS = re.compile(r"(.*_)?(heads?|nh|groups)")
-"""What attributes are called that hold a number of heads."""
 Attributes = dict[tuple[str, str], int]
 """(module, attribute) -> its new value."""
 
@@ -83,7 +81,7 @@ def other_attributes(
 
 def _subsets(attributes: list[str]) -> list[tuple[str, ...]]:
     """Which of some attributes may change together, the likeliest first."""
-    counts = tuple(name for name in attributes if _COUNTS.fullmatch(name.lower()))
+    counts = tuple(name for name in attributes if COUNTS.fullmatch(name.lower()))
     sizes = range(1, len(attributes) + 1)
     found = [counts, *(c for size in sizes for c in itertools.combinations(attributes, size)), ()]
     return list(dict.fromkeys(found))
