@@ -227,7 +227,7 @@ def table(results: list[dict[str, Any]]) -> str:
         return "No result files yet."
     rows = [
         {"mvpfx": result.get("label", "this version"), **{
-            kind: "{in_full} of {models}".format(**result["totals"][kind])
+            kind: "{in_full} of {models} models".format(**result["totals"][kind])
             for kind in ("heads", "channels")
         }}
         for result in found
@@ -254,10 +254,11 @@ def main(arguments: list[str] | None = None) -> None:
     hf.logging.set_verbosity_error()
     torch.set_num_threads(1)
     result = run([n for n in (*MASKED, *CAUSAL) if not options.only or n in options.only])
-    result = {"benchmark": "removal", "label": options.label, **result}
+    result["label"] = options.label
     if options.output:
         results_file.write(options.output, result)
-    for kind, counts in result["totals"].items():
+    for kind in ("heads", "channels"):
+        counts = result["totals"][kind]
         print(f"{kind}: {counts['in_full']} of {counts['models']} models")
 
 
