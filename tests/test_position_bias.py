@@ -98,7 +98,7 @@ def test_windows(kind: str) -> None:
             weight.view(16, 4, 4)[:, i : i + 3] = 0
     x = {"pixel_values": torch.randn(2, 3, 8, 8)}
     small = mvpfx.convert(model, example_inputs=x, lowering="dense")
-    assert [small.get_submodule(name).weight.shape[1] for name in outs] == [4, 4]
+    assert [small.get_parameter(f"{name}.weight").shape[1] for name in outs] == [4, 4]
     with torch.no_grad():
         torch.testing.assert_close(small(**x)[0], model(**x)[0])
 
@@ -128,7 +128,7 @@ def test_layers_that_share_biases_lose_heads_of_their_own(name: str, tmp_path: P
             weight.view(16, 4, 4)[:, i : i + 2] = 0
     ids = torch.randint(3, 40, (2, 7))
     small = mvpfx.convert(model, example_inputs={"input_ids": ids}, lowering="dense")
-    assert [small.get_submodule(layer).weight.shape[1] for layer in outs] == [8, 8]
+    assert [small.get_parameter(f"{layer}.weight").shape[1] for layer in outs] == [8, 8]
     loaded = mvpfx.load(mvpfx.save(small, tmp_path / "small"))
     copies = [small, loaded, copy.deepcopy(small), pickle.loads(pickle.dumps(small))]
     mask = torch.ones(3, 9, dtype=torch.long)
