@@ -139,6 +139,7 @@ class Mask(MaskState):
         assert self.frozen_kept is not None, "the schedule freezes"
         self.frozen_kept.copy_(kept)
         self.frozen = True
+        self.note_progress()
         self.forget()
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -241,6 +242,7 @@ class Mask(MaskState):
 
     def _current(self) -> tuple[Tensor, Tensor]:
         """Units and weights that stay, from the cache where nothing has changed."""
+        self.follow_progress()
         key = self.ranking.state()
         held = self.held_mask
         if held is None or held.key is not key:
@@ -273,6 +275,7 @@ class Mask(MaskState):
 
     def own_state(self) -> Hashable:
         """What this mask depends on, to be compared: changes where scores, weight or targets do."""
+        self.follow_progress()
         if self.frozen and self.frozen_kept is not None:
             return "frozen", *version(self.frozen_kept)
         source = self.source()
@@ -283,11 +286,20 @@ class Mask(MaskState):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
+        if self.progress.dtype != torch.float64:  # as half() leaves it
+            self.progress = self.progress.double()
+            self.note_progress()
         self.forget()
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        name = f"{prefix}progress"
+        if name not in state_dict:  # of a version that did not keep it: the scheduler knows
+            state_dict = {**state_dict, name: self.progress}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.follow_progress()
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:

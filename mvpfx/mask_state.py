@@ -41,6 +41,12 @@ def nothing_recorded() -> Generator[None]:
             yield
 
 
+_PROGRESS = ("density", "threshold", "penalty_lambda", "steered", "step", "frozen")
+"""What `progress` holds, in its order."""
+_NONE = -1.0
+"""What stands there for None."""
+
+
 class MaskState(nn.Module):
     """Holds scores as its own, knows a weight that belongs to the model.
 
@@ -67,11 +73,15 @@ class MaskState(nn.Module):
         frozen: whether `frozen_kept` says what stays, not the criterion.
         frozen_kept: bool `[r, c]`, which units stay; None where the schedule never freezes.
         remembered_weight: what the weight goes back to; None where the schedule never rewinds.
+        progress: density, threshold, penalty_lambda, steered, step and frozen as float64 `[6]`, -1
+            for None. A buffer, so that whatever copies a model's state (`load_state_dict`, an
+            average of weights, DDP) copies how far its masks have come.
     """
 
     scores: Tensor | None
     frozen_kept: Tensor | None
     remembered_weight: Tensor | None
+    progress: Tensor
     accumulates: bool
     density: float | None
     threshold: float
@@ -91,6 +101,10 @@ class MaskState(nn.Module):
         for name in ("scores", "frozen_kept", "remembered_weight"):
             self.register_buffer(name, None)
         self.frozen = False
+        with torch.inference_mode(False):
+            start = torch.zeros(len(_PROGRESS), dtype=torch.float64, device=weight.device)
+        self.register_buffer("progress", start)
+        self._progress_version = start._version
         self.watcher: int | None = None
         self._expanded: tuple[Tensor, Tensor] | None = None
         self.handle = register_source(self)
@@ -131,6 +145,33 @@ class MaskState(nn.Module):
             steered=targets.steered,
             step=step,
         )
+        self.note_progress()
+
+    def note_progress(self) -> None:
+        """Write into `progress` how far the mask has come."""
+        values = [self.__dict__[name] for name in _PROGRESS]
+        numbers = [_NONE if value is None else float(value) for value in values]
+        if self.progress.is_meta or is_fake(self.progress):
+            return
+        with torch.no_grad(), torch.inference_mode(False):
+            if self.progress.is_inference():
+                self.progress = torch.empty_like(self.progress)
+            self.progress.copy_(torch.tensor(numbers, dtype=torch.float64))
+        self._progress_version = self.progress._version
+
+    def follow_progress(self) -> bool:
+        """Take over what somebody else wrote into `progress`; whether that was other than now."""
+        held = self.progress
+        if held.is_inference() or is_fake(held) or held._version == self._progress_version:
+            return False
+        self._progress_version = held._version
+        found = [None if value == _NONE else value for value in held.tolist()]
+        now: dict[str, Any] = dict(zip(_PROGRESS, found, strict=True))
+        now |= {"step": int(now["step"] or 0), "frozen": bool(now["frozen"])}
+        if all(self.__dict__[name] == value for name, value in now.items()):
+            return False
+        self.__dict__.update(now)
+        return True
 
     @torch.no_grad()
     def rewind(self, action: Rewind) -> None:

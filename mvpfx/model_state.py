@@ -22,7 +22,7 @@ from mvpfx.transformers_types import is_pretrained
 WEIGHTS = "model.safetensors"
 SCORES = "pruning_scores.safetensors"
 """What masks store, apart from the weights: transformers renames some weights when it saves."""
-_SCORES = re.compile(r".*_mask\.(\w*scores|frozen_kept|remembered_weight)")
+_SCORES = re.compile(r".*_mask\.(\w*scores|frozen_kept|remembered_weight|progress)")
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:
@@ -92,7 +92,7 @@ def read_scores(model: nn.Module, folder: Path) -> dict[str, Tensor]:
         ValueError: a name is missing or unknown, or a shape differs.
     """
     _, own = split_scores(model.state_dict())
-    found = _read_file(folder / SCORES) if own else {}
+    found = _with_progress(own, _read_file(folder / SCORES)) if own else {}
     check_state(own, found, type(model).__name__, folder)
     return found
 
@@ -122,6 +122,7 @@ def read_state(
     if dense:
         found, _ = split_scores(found)
     own = {n: v for n, v in model.state_dict().items() if isinstance(v, Tensor)}
+    found = _with_progress(own, found)
     lacking = [name for name in _absent(own, found) if not _SCORES.fullmatch(name)]
     if lacking and manifest.writer != "loop" and is_pretrained(model):
         found = _converted(model, folder, found)
@@ -171,7 +172,17 @@ def _other(name: str) -> str:
 
 
 def _absent(wanted: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
-    return [name for name in wanted if name not in there]
+    """The names that are not there, scores before what else a mask holds."""
+    absent = [name for name in wanted if name not in there]
+    return sorted(absent, key=lambda name: name.endswith("_mask.progress"))
+
+
+def _with_progress(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`found`, and of a checkpoint that is older than `progress` the own one: there the state of
+    the scheduler says it.
+    """
+    older = {name: value for name, value in own.items() if name.endswith("_mask.progress")}
+    return {**older, **found} if not older.keys() & found.keys() else dict(found)
 
 
 def _memory(value: Tensor) -> Any:

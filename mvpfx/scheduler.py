@@ -154,6 +154,7 @@ class SparsityScheduler:
         self._move()
         for mask in self._leading:
             mask.frozen = self._is_frozen(mask)
+            mask.note_progress()
             mask.forget()
         for steering, saved in zip(self._steerings, state.get("steering", ()), strict=True):
             steering.load_state_dict(saved)

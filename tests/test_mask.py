@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mvpfx.granularity import from_matrix, to_matrix
+from mvpfx.criterion import Targets
 from mvpfx.mask import Mask
 from mvpfx.schedule import ConstantSchedule, CubicSchedule
 from tests.toy_masks import make_mask, raises, values
@@ -110,15 +111,24 @@ def test_score_gradients_are_summed_in_float32() -> None:
     assert grad.item() == 4096 * (1 + 1 / 128)
 
 
-def test_only_scores_are_saved() -> None:
+def test_scores_and_progress_are_saved() -> None:
     mask, _ = make_mask(values(4, 4), (2, 2))
-    assert list(mask.state_dict()) == ["scores"]
+    assert list(mask.state_dict()) == ["scores", "progress"]
     assert [name for name, _ in mask.named_parameters()] == ["scores"]
     other, weight = make_mask(values(4, 4, seed=1), (2, 2))
-    other.density = mask.density = 0.5
+    mask.aim(Targets(density=0.5), 3)
     other(weight)
     other.load_state_dict(mask.state_dict())
+    assert (other.density, other.step) == (0.5, 3)
     assert torch.equal(other.kept(), mask.kept())
+    assert other.kept().sum() == 2
+
+
+def test_a_state_without_progress_leaves_it_as_it_is() -> None:
+    mask, _ = make_mask(values(4, 4), (2, 2))
+    mask.aim(Targets(density=0.5), 3)
+    mask.load_state_dict({"scores": mask.require_scores().detach() + 1})
+    assert (mask.density, mask.step) == (0.5, 3)
 
 
 @pytest.mark.parametrize("to", [torch.bfloat16, torch.float16, torch.float64])

@@ -157,7 +157,8 @@ def test_weights_of_an_unprepared_model_load_with_the_scores_missing() -> None:
     assert result.missing_keys == [f"{m.site.name}_mask.scores" for m in masks_of(prepared)]
     back = raw.load_state_dict(prepared.state_dict(), strict=False)
     assert not back.missing_keys
-    assert sorted(back.unexpected_keys) == sorted(result.missing_keys)
+    of_masks = [name for name in back.unexpected_keys if not name.endswith("_mask.progress")]
+    assert sorted(of_masks) == sorted(result.missing_keys)
     raw(**batch)
 
 
