@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mvpfx.granularity import from_matrix, to_matrix
 from mvpfx.criterion import Targets
+from mvpfx.granularity import from_matrix, to_matrix
 from mvpfx.mask import Mask
 from mvpfx.schedule import ConstantSchedule, CubicSchedule
 from tests.toy_masks import make_mask, raises, values
