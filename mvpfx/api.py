@@ -24,6 +24,7 @@ from mvpfx.passes.shrink_dims import ShrinkDims
 from mvpfx.pipeline import run
 from mvpfx.program import Program, full_name, parent_name
 from mvpfx.region import Region, make_region, region_modules, region_of
+from mvpfx.saved_schedule import check_readable
 from mvpfx.site import Site
 from mvpfx.state import (
     State,
@@ -35,6 +36,7 @@ from mvpfx.state import (
 )
 from mvpfx.swap import original_class, swap_ancestors, swap_class
 from mvpfx.transformers_types import is_pretrained
+from mvpfx.unconverted import is_converted, make_plain
 from mvpfx.variant import graph_module
 from mvpfx.weights import weight_owners
 
@@ -50,7 +52,9 @@ def prepare(
     Args:
         model: any module. In a transformers model the matmuls inside the base model's repeated
             blocks become sites, in any other every weight that feeds a matmul. Of a `PeftModel`
-            it is the model inside; adapters are left alone.
+            it is the model inside; adapters are left alone. A converted model becomes plain again
+            and can be pruned further: what was removed stays removed, zeros are weights that are
+            zero, all parameters train, and densities are fractions of what is left.
         config: what to prune and how; `PruningConfig()` where it is None.
         example_inputs: one batch (a tensor, a tuple, or a dict of keyword arguments). Needed to
             find functional matmuls on parameters before the optimizer is built, and for what
@@ -66,13 +70,17 @@ def prepare(
             or the example inputs do not fit.
     """
     config = PruningConfig() if config is None else config
+    check_readable(config.schedule)
     whole, model = model, adapted_model(model)
     kind = original_class(model).__name__
-    if find_state(model) is not None:
+    state = find_state(model)
+    if state is not None and state.report is None:
         raise ValueError(
-            f"{kind} is prepared or converted already. Prepare a model once; to start again with "
-            "another configuration, load the model anew."
+            f"{kind} is prepared already. Prepare a model once; to start again with another "
+            "configuration, load the model again, or convert it first to prune what is left."
         )
+    if state is not None or is_converted(model):
+        make_plain(model)
     if example_inputs is None and config.couples:
         example_inputs = own_inputs(model, COUPLED)
     seen, capturing = run((Capture(example_inputs),), Program(model))

@@ -44,8 +44,8 @@ def test_overrides_that_leave_no_site() -> None:
 def test_preparing_twice() -> None:
     model = mvpfx.prepare(two_layers())
     message = (
-        "Sequential is prepared or converted already. Prepare a model once; to start again with "
-        "another configuration, load the model anew."
+        "Sequential is prepared already. Prepare a model once; to start again with another "
+        "configuration, load the model again, or convert it first to prune what is left."
     )
     with pytest.raises(ValueError, match=whole(message)):
         mvpfx.prepare(model)

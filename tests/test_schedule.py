@@ -134,6 +134,7 @@ def test_round_trip(schedule: Schedule) -> None:
 
 
 ALL = "'cubic', 'linear', 'exponential', 'step', 'one_shot', 'constant'"
+OR = ", or import the module that defines it first."
 
 
 @pytest.mark.parametrize(
@@ -142,9 +143,13 @@ ALL = "'cubic', 'linear', 'exponential', 'step', 'one_shot', 'constant'"
         (
             {"name": "quartic"},
             ValueError,
-            f"schedule 'quartic' is unknown. Use {ALL}.",
+            f"schedule 'quartic' is unknown. Use {ALL}{OR}",
         ),
-        ({}, ValueError, f"schedule None is unknown. Use {ALL}."),
+        (
+            {},
+            ValueError,
+            f"schedule None is unknown. Use {ALL}{OR}",
+        ),
         (
             {"name": "cubic", "warm": 1},
             ValueError,
