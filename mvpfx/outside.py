@@ -151,7 +151,7 @@ class _Code:
         fresh = set(names)
         while fresh or self._waiting:
             self._names |= fresh
-            for kind in self.classes:
+            for kind in list(self.classes):  # more may be found on the way
                 for name in self._names & vars(kind).keys():
                     self._add_object(vars(kind)[name])
             fresh = set()

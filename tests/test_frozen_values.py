@@ -86,8 +86,16 @@ def counter() -> tuple[Callable[[], Any], Callable[[Any], None]]:
 GET, PUT = counter()
 
 
+class Described:
+    """A class that only an attribute of another class leads to."""
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        return ALPHA
+
+
 class Net(nn.Module):
     inherited: ClassVar[Any] = 1.0
+    described = Described()
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -122,6 +130,7 @@ READ: dict[str, Callable[[Net], Any]] = {
     "enum": lambda net: int(net.size),
     "class attribute": lambda net: net.inherited,
     "class attribute by the class": lambda net: Net.inherited,
+    "descriptor of a class": lambda net: net.described,
     "slots": lambda net: net.slots.value,
     "global number": lambda net: ALPHA,
     "global behind a helper": lambda net: helper(),
@@ -169,6 +178,7 @@ CHANGE: dict[str, Callable[[Net], Any]] = {
     "enum": lambda net: setattr(net, "size", Size.THREE),
     "class attribute": lambda net: setattr(Net, "inherited", 3.0),
     "class attribute by the class": lambda net: setattr(Net, "inherited", 3.0),
+    "descriptor of a class": _set("ALPHA"),
     "slots": lambda net: setattr(net.slots, "value", 3.0),
     "global number": _set("ALPHA"),
     "global behind a helper": _set("ALPHA"),
