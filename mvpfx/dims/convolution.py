@@ -19,17 +19,15 @@ from mvpfx.dims.value import Known, Value, any_slice, shrink_to
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution with one group, or with one group for each channel.
+    """A convolution with one group.
 
     Attributes:
         transposed: whether the weight is `[C, O, ...]`.
-        depthwise: whether channel i of the output sees channel i of the input alone.
         padded: whether some places see zeros, so that only zeros may be folded.
         has_bias: whether there is a bias that constants can be folded into.
     """
 
     transposed: bool
-    depthwise: bool
     padded: bool
     has_bias: bool
 
@@ -40,12 +38,8 @@ class Convolution:
         constant, value = self._foldable(x)
         read = self._read(weight)
         summed = self._summed(weight)
-        if self.depthwise:
-            found = constant | ~read[:, 0]
-            total = torch.where(constant, value, 0.0) * summed[:, 0]
-        else:
-            found = ~(read & ~constant).any(dim=1)
-            total = summed @ torch.where(constant, value, 0.0)
+        found = ~(read & ~constant).any(dim=1)
+        total = summed @ torch.where(constant, value, 0.0)
         if bias is not None:
             total = total + bias.known.value.double()
         if bool(found.any()):
@@ -72,9 +66,6 @@ class Convolution:
         yield from stay(slid, f"{step.name} slides over them")
         yield from alike([(x, 0), (out, 0)])
         outputs = [(out, 1), (weight, rows), *([(bias, 0)] if bias is not None else [])]
-        if self.depthwise:
-            yield from alike([*outputs, (x, 1)])
-            return
         yield from alike(outputs)
         needed = any_slice(out.needed, 1, out.shape[1])
         constant, value = self._foldable(x)
@@ -99,7 +90,7 @@ class Convolution:
         x, weight, _ = self.parts(step)
         constant, value = self._foldable(x)
         taken = torch.where(x.removed[1] & constant, value, 0.0)
-        if not self.depthwise and bool(taken.any()):
+        if bool(taken.any()):
             yield Fold(weight, step.bias, self._summed(weight) @ taken, int((taken != 0).sum()))
 
     def parts(self, step: Step) -> tuple[Value, Value, Value | None]:
@@ -129,8 +120,7 @@ class Convolution:
         return self._weight(weight).double().flatten(2).sum(dim=2)
 
     def _unfolded(self, weight: Value, needed: Tensor) -> Tensor:
-        read = self._read(weight)
-        return read[:, 0] & needed if self.depthwise else (read & needed[:, None]).any(dim=0)
+        return (self._read(weight) & needed[:, None]).any(dim=0)
 
 
 @dataclass(frozen=True)

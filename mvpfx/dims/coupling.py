@@ -18,6 +18,7 @@ from mvpfx.channel_unit import ChannelUnit
 from mvpfx.dims.contraction import Contraction
 from mvpfx.dims.convolution import Convolution
 from mvpfx.dims.flow import Flow
+from mvpfx.dims.grouped_convolution import GroupedConvolution
 from mvpfx.dims.rule import Rule, Step, all_dims
 from mvpfx.dims.value import Value
 from mvpfx.layer import Obstacle, find_obstacles
@@ -182,7 +183,7 @@ def _links(step: Step, rule: Rule) -> Iterator[list[tuple[Value, int]]]:
             words.append((bias, rule.out[-len(bias.shape) :]))
         for letter in rule.x + rule.y:
             yield [(value, word.index(letter)) for value, word in words if letter in word]
-    elif isinstance(rule, Convolution) and not rule.depthwise:
+    elif isinstance(rule, Convolution) and not isinstance(rule, GroupedConvolution):
         x, weight, bias = rule.parts(step)
         rows, columns = rule.weight_dims
         yield [(x, rule.input_dim), (weight, columns)]

@@ -33,6 +33,7 @@ class Elementwise:
             values = [_double(o.known.value) if isinstance(o, Value) else o for o in operands]
             result = torch.as_tensor(evaluate(self.operation, step.node, values))
             result = result.double() if result.is_floating_point() else result
+            constant = constant & result.isfinite()
             value = torch.where(zero, 0.0, torch.where(constant, result, 0.0))
             out.known = Known(compact(constant | zero), compact(value))
         first = operands[0] if operands else None

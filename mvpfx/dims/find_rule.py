@@ -12,6 +12,8 @@ from mvpfx.dims.choice import HeadChoice, is_head_choice
 from mvpfx.dims.contraction import Contraction
 from mvpfx.dims.convolution import Convolution, Lookup
 from mvpfx.dims.elementwise import Comparison, Elementwise, PerChannel
+from mvpfx.dims.find_slicewise import find_slicewise
+from mvpfx.dims.grouped_convolution import GroupedConvolution
 from mvpfx.dims.indexing import find_indexed
 from mvpfx.dims.operations import find_operation
 from mvpfx.dims.rearrangement import EXPANSIONS, NAMES, SHAPED, Expansion, Rearrangement
@@ -19,17 +21,10 @@ from mvpfx.dims.reduction import Reduction
 from mvpfx.dims.rule import Opaque, Rule, Step
 from mvpfx.dims.stack import find_stack
 
-_ALONG_ONE = {"softmax": True, "log_softmax": False, "cumsum": False, "glu": False}
-_OVER_SOME = {"mean": True, "amax": True, "amin": True, "sum": False, "logsumexp": False}
+_ALONG_ONE = {"softmax": True, "log_softmax": False}
 _NORMS = ("layer_norm", "rms_norm")
-_POOLS = (
-    nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
-)  # fmt: skip
-_POOL_FUNCTIONS = (
-    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "avg_pool1d", "avg_pool2d",
-    "max_pool1d", "max_pool2d",
-)  # fmt: skip
+_MOVING = (nn.ChannelShuffle, nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.Unflatten)
+"""Layers that only move elements."""
 _COMPARISONS = frozenset((
     "and", "eq", "ge", "gt", "invert", "le", "logical_and", "logical_not", "logical_or", "lt",
     "masked_fill", "maximum", "minimum", "ne", "or", "where",
@@ -64,6 +59,7 @@ def find_rule(step: Step, can_fold: bool) -> Rule:
         or find_indexed(step)
         or _product(step, can_fold)
         or _convolution(step, can_fold)
+        or find_slicewise(step)
         or _mixing(step)
     )
     if found is not None:
@@ -113,12 +109,9 @@ def _of_module(step: Step) -> Rule | None:
         return Reduction((module.dim % len(x.shape),), softmax=True)
     if isinstance(module, nn.Embedding) and module.max_norm is None and "weight" in step.extra:
         return Lookup()
-    if isinstance(module, nn.Flatten):
-        return Rearrangement()
-    if isinstance(module, _POOLS) and len(step.outputs) == 1:
-        padding: Any = getattr(module, "padding", 0)
-        return Reduction(tuple(range(2, len(x.shape))), average=not _nonzero(padding))
-    return None
+    if isinstance(module, _MOVING):
+        return Rearrangement() if moves_only(step) else None
+    return find_slicewise(step)
 
 
 def _is_cache_update(step: Step) -> bool:
@@ -185,20 +178,21 @@ def _convolution(step: Step, can_fold: bool) -> Rule | None:
     given = list(step.values.values())
     if len(given) < 2 or not given[1].known.is_all:
         return None
-    x, weight, out = given[0], given[1], step.outputs[0]
+    x, weight = given[0], given[1]
     if len(x.shape) != len(weight.shape):
         return None
     groups = step.argument(6, "groups", 1)
-    depthwise = groups > 1 and groups == x.shape[1] == out.shape[1]
-    if groups != 1 and (transposed or not depthwise):
+    if not isinstance(groups, int):
         return None
     padding = step.argument(4, "padding", 0)
     padded = transposed or (padding not in (0, "valid") and _nonzero(padding))
-    return Convolution(transposed, depthwise, padded, can_fold)
+    if groups > 1:
+        return GroupedConvolution(transposed, padded, can_fold, groups)
+    return Convolution(transposed, padded, can_fold)
 
 
 def _mixing(step: Step) -> Rule | None:
-    """Softmax, means, norms and pooling."""
+    """Softmax and norms."""
     x, name = step.inputs[0], step.name
     rank = len(x.shape)
     if len(step.outputs) != 1:
@@ -209,20 +203,7 @@ def _mixing(step: Step) -> Rule | None:
         if not isinstance(dim, int) or len(out.shape) != rank:
             return None
         return Reduction((dim % rank,), softmax=_ALONG_ONE[name])
-    if name in _OVER_SOME:
-        given = step.argument(1, "dim")
-        dims = given if isinstance(given, (tuple, list)) else (given,)
-        if any(not isinstance(dim, int) for dim in dims):
-            return None
-        return Reduction(
-            tuple(sorted(dim % rank for dim in dims)), len(out.shape) < rank, _OVER_SOME[name]
-        )
-    if name == "normalize":
-        dim = step.argument(2, "dim", 1)
-        return Reduction((dim % rank,)) if isinstance(dim, int) else None
     if name in _NORMS:
         sizes = step.argument(1, "normalized_shape")
         return Reduction(tuple(range(rank - len(sizes), rank)))
-    if name in _POOL_FUNCTIONS and rank > 2:
-        return Reduction(tuple(range(2, rank)))
     return None

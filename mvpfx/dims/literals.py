@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mvpfx.dims.convolution import Convolution
+from mvpfx.dims.channel_norm import GroupNorm
+from mvpfx.dims.grouped_convolution import GroupedConvolution
 from mvpfx.dims.rearrangement import Rearrangement, run, sources
 from mvpfx.dims.rule import Rule, Step
 from mvpfx.dims.value import Value
@@ -21,9 +22,12 @@ def new_arguments(step: Step, rule: Rule) -> tuple[Any, ...] | None:
     A rearrangement is run with them on what stays: its result must be what stays of its result.
     """
     args = step.node.args
-    if isinstance(rule, Convolution) and rule.depthwise and step.outputs[0].removed[1].any():
-        kept = step.outputs[0].kept(1)
-        return (*args[:6], kept, *args[7:]) if len(args) > 6 else None
+    if isinstance(rule, (GroupedConvolution, GroupNorm)) and step.module is None:
+        place = 6 if isinstance(rule, GroupedConvolution) else 1
+        kept = rule.kept_groups(step)
+        if step.name == "instance_norm" or kept == rule.groups:
+            return args
+        return (*args[:place], kept, *args[place + 1 :]) if len(args) > place else None
     if not isinstance(rule, Rearrangement) or not is_resized(step):
         return args
     found = _rewritten(step, args)

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 _UNARY = (
-    "abs", "celu", "clamp", "clamp_min", "elu", "erf", "exp", "gelu", "hardsigmoid",
-    "hardswish", "hardtanh", "leaky_relu", "logsigmoid", "mish", "neg", "pow", "relu", "relu6",
-    "rsqrt", "selu", "sigmoid", "silu", "softplus", "softsign", "sqrt", "square", "tanh",
+    "abs", "atan", "celu", "ceil", "clamp", "clamp_max", "clamp_min", "cos", "elu", "erf", "exp",
+    "expm1", "floor", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log1p", "logsigmoid", "mish", "nan_to_num", "neg",
+    "pow", "relu", "relu6",
+    "round", "rsqrt", "selu", "sigmoid", "sign", "silu", "sin", "softplus", "softshrink",
+    "softsign",    "sqrt", "square", "tanh", "tanhshrink", "threshold",
 )  # fmt: skip
 _BINARY = {
     "add": operator.add,
@@ -30,7 +32,14 @@ _BINARY = {
     "multiply": operator.mul,
     "subtract": operator.sub,
 }
-_REFLECTED = {"__radd__": operator.add, "__rmul__": operator.mul}
+_REFLECTED = {
+    "__radd__": operator.add,
+    "__rmul__": operator.mul,
+    "__rsub__": lambda x, y: y - x,
+    "rsub": lambda x, y: y - x,
+    "__rtruediv__": lambda x, y: y / x,
+    "__rdiv__": lambda x, y: y / x,
+}
 _IDENTITY = (
     "contiguous",
     "clone",
@@ -42,8 +51,15 @@ _IDENTITY = (
     "double",
     "type_as",
 )
-_DROPOUT = ("dropout", "feature_dropout")
+_DROPOUT = (
+    "alpha_dropout", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout",
+    "feature_dropout",
+)  # fmt: skip
+_DROPOUTS = (
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip
 _MODULES = (
+    nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.RReLU,
     nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Identity,
     nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid,
     nn.Softplus, nn.Softsign, nn.Tanh,
@@ -75,7 +91,7 @@ def find_operation(node: fx.Node, module: nn.Module | None = None) -> Operation 
     if name in _IDENTITY:
         return _first
     if name in _REFLECTED:
-        return _REFLECTED[name]
+        return None if node.kwargs else _REFLECTED[name]
     bare = name.removeprefix("__").removesuffix("__").removesuffix("_")
     if bare in _BINARY:
         return None if set(node.kwargs) - {"other"} else _BINARY[bare]
@@ -118,7 +134,7 @@ def _unary(name: str, target: Operation | None) -> Operation:
 
 
 def _module_operation(module: nn.Module | None) -> Operation | None:
-    if isinstance(module, nn.Dropout):
+    if isinstance(module, _DROPOUTS):
         return _first
     if module is None or type(module) not in _MODULES:
         return None

@@ -28,6 +28,8 @@ VARIES = "their number varies from call to call"
 _STATISTICS = ("weight", "bias", "running_mean", "running_var")
 _BIASED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers that can be given a bias."""
+_PER_CHANNEL = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)  # pyright: ignore[reportPrivateUsage]
+"""Layers with parameters per channel."""
 
 
 class Reading:
@@ -140,7 +142,7 @@ class Reading:
             made = self.values.get(argument)
             parts: tuple[Value | None, ...] = made if isinstance(made, tuple) else ()
             found |= {f"{argument.name}.{i}": v for i, v in enumerate(parts) if v is not None}
-        if isinstance(step.module, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
+        if isinstance(step.module, _PER_CHANNEL):
             for name in _STATISTICS:
                 value = self._parameter(full_name(self.region, f"{step.node.target}.{name}"))
                 if value is not None:

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import fx, nn
 
+from mvpfx.dims.channel_norm import ChannelSlope, GroupNorm
 from mvpfx.dims.contraction import Fold
 from mvpfx.dims.flow import Flow, folds_of
+from mvpfx.dims.grouped_convolution import GroupedConvolution
 from mvpfx.dims.literals import is_resized, new_arguments
 from mvpfx.dims.projected_attention import ProjectedAttention
 from mvpfx.dims.rule import Step, replaced
@@ -16,6 +18,11 @@ from mvpfx.dims.value import Value
 from mvpfx.layer import resize
 from mvpfx.program import Program, full_name, parent_name
 
+_LAYERS = (
+    nn.modules.conv._ConvNd, nn.GroupNorm, nn.PReLU,  # pyright: ignore[reportPrivateUsage]
+    nn.modules.instancenorm._InstanceNorm,  # pyright: ignore[reportPrivateUsage]
+)  # fmt: skip
+"""Layers whose attributes are written by the rules of their nodes."""
 UNWRITABLE = "the sizes in {} cannot be written for what would stay"
 
 
@@ -55,6 +62,8 @@ def rewrite(program: Program, flow: Flow, arguments: Mapping[fx.Node, tuple[Any,
     for step, rule in flow.steps:
         if isinstance(rule, ProjectedAttention) and is_resized(step):
             rule.write(program, by_name[step.node.name])
+        if isinstance(rule, (GroupedConvolution, GroupNorm, ChannelSlope)) and is_resized(step):
+            _write_attributes(program, flow, step, rule.module_sizes(step))
     for node, value in _single_values(flow):
         for dim, size in enumerate(value.kept_shape):
             if size != value.shape[dim]:
@@ -90,6 +99,18 @@ def _fold(program: Program, flow: Flow, step: Step, node: fx.Node, fold: Fold) -
     node.kwargs = {k: v for k, v in node.kwargs.items() if k != "bias"}
 
 
+def _write_attributes(program: Program, flow: Flow, step: Step, sizes: dict[str, int]) -> None:
+    """Let the attributes of the layer that a step calls say what its rule says."""
+    target = step.node.target if step.module is not None else step.node.meta.get("module", "")
+    owner = full_name(flow.region, target)
+    module = program.module(owner)
+    if not isinstance(module, _LAYERS):
+        return
+    for attribute, size in sizes.items():
+        if hasattr(module, attribute):
+            program.attributes[owner, attribute] = size
+
+
 def _write_sizes(program: Program, name: str, value: Value) -> None:
     """Let the attributes of a torch or transformers layer say the shape of its weight."""
     owner, leaf = parent_name(name), name.rpartition(".")[2]
@@ -102,7 +123,7 @@ def _write_sizes(program: Program, name: str, value: Value) -> None:
 def layer_sizes(module: nn.Module | None, leaf: str, value: Value) -> dict[str, int]:
     """What the attributes of a layer say of one of its parameters."""
     kept = value.kept_shape
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
+    if isinstance(module, nn.modules.batchnorm._NormBase):  # pyright: ignore[reportPrivateUsage]
         return {"num_features": kept[0]}
     if leaf != "weight":
         return {}
@@ -111,9 +132,10 @@ def layer_sizes(module: nn.Module | None, leaf: str, value: Value) -> dict[str, 
     if isinstance(module, nn.Embedding):
         return {"num_embeddings": kept[0], "embedding_dim": kept[1]}
     if isinstance(module, nn.modules.conv._ConvNd):  # pyright: ignore[reportPrivateUsage]
+        if module.groups > 1:
+            return {}  # how many groups are left its rule says
         outputs, inputs = kept[:2] if not module.transposed else kept[1::-1]
-        groups = outputs if module.groups > 1 else 1
-        return {"out_channels": outputs, "in_channels": inputs * groups, "groups": groups}
+        return {"out_channels": outputs, "in_channels": inputs}
     if hasattr(module, "nf") and len(kept) == 2:
         return {"nx": kept[0], "nf": kept[1]}
     return {}
