@@ -145,6 +145,12 @@ def find_obstacles(program: Program) -> Obstacle:
     for region, node in program.nodes():
         if node.op == "get_attr" and node.users:
             readers[full_name(region, node.target)].add(region)
+        elif node.op == "call_module":
+            owner = full_name(region, node.target)
+            module = program.module(owner)
+            held = () if module is None else (*module._parameters, *module._buffers)
+            for name in (owner, *(f"{owner}.{leaf}" for leaf in held)):
+                readers[name].add(region)
 
     def obstacle(name: str) -> str | None:
         if name in tied:

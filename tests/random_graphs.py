@@ -1,5 +1,7 @@
 """Random small models: linear layers and convolutions with what may stand between them."""
 
+# pyright: reportUnknownLambdaType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import random
@@ -125,6 +127,51 @@ def _norm(graph: RandomGraph) -> Made:
     return (lambda model, values: model.layers[index](values[place])), width
 
 
+def _slicewise(graph: RandomGraph) -> Made:
+    """What acts on each channel of an image by itself, and keeps its size."""
+    place = graph.pick()
+    function: Any = graph.draw.choice((
+        lambda h: F.avg_pool2d(F.interpolate(h, scale_factor=2), 2),
+        lambda h: F.max_pool2d(h, 3, 1, 1),
+        lambda h: F.avg_pool2d(h, 3, 1, 1),
+        lambda h: F.avg_pool2d(F.pad(h, (1, 1, 1, 1), mode="replicate"), 3, 1),
+        lambda h: F.max_pool2d(F.pad(h, (0, 1, 1, 0), value=0.5), 2, 1),
+        lambda h: h - h.max(3, keepdim=True)[0],
+        lambda h: h * F.adaptive_avg_pool2d(h, 1).expand_as(h),
+        lambda h: F.normalize(h, dim=2) + h.std((2, 3), keepdim=True),
+        lambda h: F.fold(F.unfold(h, 2, stride=2), (6, 6), 2, stride=2),
+        lambda h: h.sort(3)[0].cumsum(2),
+    ))  # fmt: skip
+    return (lambda model, values: function(values[place])), graph.channels[place]
+
+
+def _per_channel(graph: RandomGraph) -> Made:
+    """A layer with groups of channels, or parameters for each."""
+    place = graph.pick()
+    width = graph.channels[place]
+    groups = graph.draw.choice([g for g in (1, 2, 3, 4, width) if width % g == 0])
+    layer = graph.draw.choice((
+        nn.GroupNorm(groups, width, affine=graph.draw.random() < 0.7),
+        nn.InstanceNorm2d(width, affine=graph.draw.random() < 0.7),
+        nn.PReLU(width),
+        nn.Conv2d(width, 2 * width, 3, padding=1, groups=groups),
+        nn.Conv2d(width, groups, 1, groups=groups, bias=graph.draw.random() < 0.7),
+        nn.ConvTranspose2d(width, width, 3, padding=1, groups=groups),
+        nn.ChannelShuffle(groups),
+    ))  # fmt: skip
+    index = graph.layer(layer)
+    out: int = layer.out_channels if isinstance(layer, nn.Conv2d) else width
+    return (lambda model, values: model.layers[index](values[place])), out
+
+
+def _gated(graph: RandomGraph) -> Made:
+    place = graph.pick()
+    width = graph.channels[place]
+    if width % 2:
+        return None
+    return (lambda model, values: F.glu(values[place], dim=graph.dim)), width // 2
+
+
 def _split(graph: RandomGraph) -> Made:
     place = graph.pick()
     width, part = graph.channels[place], graph.draw.randrange(2)
@@ -219,9 +266,9 @@ def _dead_branch(graph: RandomGraph) -> Made:
 
 TOKENS = (
     _linear, _linear, _linear, _activation, _activation, _chosen, _residual, _norm, _split,
-    _concatenate, _shared, _gated_pair, _attention, _torch_attention, _dead_branch,
+    _concatenate, _gated, _shared, _gated_pair, _attention, _torch_attention, _dead_branch,
 )  # fmt: skip
 IMAGE = (
-    _linear, _linear, _linear, _activation, _chosen, _residual, _norm, _norm, _split,
-    _concatenate, _shared,
+    _linear, _linear, _linear, _activation, _chosen, _residual, _norm, _slicewise, _slicewise,
+    _per_channel, _per_channel, _gated, _split, _concatenate, _shared,
 )  # fmt: skip

@@ -57,6 +57,8 @@ class Contraction:
         unknown = unknown + self._product(_f(~kx.zero), _f(~ky.constant))
         constant = unknown == 0
         value = self._sum(x, y)
+        if self._summed_varies(x, y):
+            constant = constant & (value == 0)  # another sum in another call
         if self._averages(x) and bool(ky.constant.any()):
             uniform, average = self._uniform(y)
             constant, value = constant | uniform, torch.where(constant, value, average)
@@ -182,6 +184,11 @@ class Contraction:
             sizes[dim] = x.shape[dim]
             left = left.expand(sizes)
         return self._product(left, right.double())
+
+    def _summed_varies(self, x: Value, y: Value) -> bool:
+        """Whether how many products are summed depends on the call."""
+        words = ((x, self.x), (y, self.y))
+        return any(v.varies and v.varies[w.index(c)] for v, w in words for c in self.summed)
 
     def _averages(self, x: Value) -> bool:
         return x.sums_to_one is not None and self.summed == self.x[x.sums_to_one]

@@ -17,12 +17,9 @@ from mvpfx.dims.grouped_convolution import GroupedConvolution
 from mvpfx.dims.indexing import find_indexed
 from mvpfx.dims.operations import find_operation
 from mvpfx.dims.rearrangement import EXPANSIONS, NAMES, SHAPED, Expansion, Rearrangement
-from mvpfx.dims.reduction import Reduction
 from mvpfx.dims.rule import Opaque, Rule, Step
 from mvpfx.dims.stack import find_stack
 
-_ALONG_ONE = {"softmax": True, "log_softmax": False}
-_NORMS = ("layer_norm", "rms_norm")
 _MOVING = (nn.ChannelShuffle, nn.Flatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.Unflatten)
 """Layers that only move elements."""
 _COMPARISONS = frozenset((
@@ -60,7 +57,6 @@ def find_rule(step: Step, can_fold: bool) -> Rule:
         or _product(step, can_fold)
         or _convolution(step, can_fold)
         or find_slicewise(step)
-        or _mixing(step)
     )
     if found is not None:
         return found
@@ -98,15 +94,8 @@ def _of_module(step: Step) -> Rule | None:
     operation = find_operation(step.node, module)
     if operation is not None:
         return Elementwise(operation)
-    x = step.inputs[0]
     if isinstance(module, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
         return PerChannel(module.eps) if module.track_running_stats else None
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        last = len(module.normalized_shape)
-        dims = tuple(range(len(x.shape) - last, len(x.shape)))
-        return Reduction(dims)
-    if isinstance(module, nn.Softmax) and module.dim is not None:
-        return Reduction((module.dim % len(x.shape),), softmax=True)
     if isinstance(module, nn.Embedding) and module.max_norm is None and "weight" in step.extra:
         return Lookup()
     if isinstance(module, _MOVING):
@@ -189,21 +178,3 @@ def _convolution(step: Step, can_fold: bool) -> Rule | None:
     if groups > 1:
         return GroupedConvolution(transposed, padded, can_fold, groups)
     return Convolution(transposed, padded, can_fold)
-
-
-def _mixing(step: Step) -> Rule | None:
-    """Softmax and norms."""
-    x, name = step.inputs[0], step.name
-    rank = len(x.shape)
-    if len(step.outputs) != 1:
-        return None
-    out = step.outputs[0]
-    if name in _ALONG_ONE:
-        dim = step.argument(1, "dim", -1)
-        if not isinstance(dim, int) or len(out.shape) != rank:
-            return None
-        return Reduction((dim % rank,), softmax=_ALONG_ONE[name])
-    if name in _NORMS:
-        sizes = step.argument(1, "normalized_shape")
-        return Reduction(tuple(range(rank - len(sizes), rank)))
-    return None

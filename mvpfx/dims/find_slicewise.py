@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mvpfx.dims.channel_norm import ChannelSlope, Gate, GroupNorm, parameter_values
 from mvpfx.dims.elementwise import PerChannel
 from mvpfx.dims.rule import Rule, Step
-from mvpfx.dims.slicewise import Keeps, Slicewise
+from mvpfx.dims.slicewise import Keeps, Slicewise, Softmax
 
 _REDUCTIONS: dict[str, tuple[int, Keeps]] = {
     "all": (1, "nothing"), "amax": (1, "same"), "amin": (1, "same"), "any": (1, "nothing"),
@@ -38,7 +38,7 @@ _PADDING = (
     nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d,
     nn.ReplicationPad2d, nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
 )  # fmt: skip
-_MAX = "max"
+_NORMS = ("layer_norm", "rms_norm")
 _POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "lp_pool")
 _LAYER_POOLS: dict[type[nn.Module], str] = {
     kind: f"{name}{dims}d"
@@ -94,7 +94,28 @@ def _function(step: Step, rank: int) -> Rule | None:
         return _over(step, tuple(range(2, rank)), "zero" if zeros else "same")
     if name[:-2] in _POOLS and name[-2:] in ("1d", "2d", "3d"):
         return _pool(step, name, step.argument(_padding_place(name), "padding", 0))
+    if name == "softmax" and type(step.argument(1, "dim")) is int and len(step.values) == 1:
+        return _softmax(step, step.argument(1, "dim") % rank)
+    if name == "local_response_norm":
+        return _over(step, (1,), "nothing")
+    if name in _NORMS:
+        sizes = step.argument(1, "normalized_shape")
+        return _norm(step, len(sizes)) if isinstance(sizes, (tuple, list)) else None
     return _reduction(step, name, rank)
+
+
+def _norm(step: Step, last: int) -> Rule | None:
+    """Normalisation over the last dimensions; without a bias it makes zeros of zeros."""
+    rank = len(step.inputs[0].shape)
+    biased = getattr(step.module, "bias", None) is not None
+    biased |= step.module is None and step.argument(3, "bias") is not None
+    plain = "nothing" if biased and "rms" not in step.name else "zero"
+    return _over(step, tuple(range(rank - last, rank)), plain)
+
+
+def _softmax(step: Step, dim: int) -> Rule:
+    rest = [d for d in range(len(step.inputs[0].shape)) if d != dim]
+    return Softmax((dim,), tuple((d, d) for d in rest))
 
 
 def _padding_place(name: str) -> int:
@@ -244,28 +265,42 @@ def _layer(step: Step, module: nn.Module, rank: int) -> Rule | None:
         return _pool(step, _LAYER_POOLS[kind], getattr(module, "padding", 0))
     if kind in (nn.Unfold, nn.Fold):
         return _folding(step, kind.__name__.lower(), layer.kernel_size)
+    return _mixing(step, layer, rank)
+
+
+def _mixing(step: Step, layer: Any, rank: int) -> Rule | None:
+    """Layers that are given the dimension they compute over, and gates."""
+    kind = type(layer)
+    if kind is nn.Softmax:
+        return None if layer.dim is None else _softmax(step, layer.dim % rank)
     if kind in (nn.Softmin, nn.LogSoftmax) and layer.dim is not None:
         return _over(step, (layer.dim % rank,), "nothing")
-    if kind is nn.Softmax2d or kind in (nn.LocalResponseNorm, nn.CrossMapLRN2d):
-        return _over(step, (1 if rank != 3 or kind is not nn.Softmax2d else 0,), "nothing")
+    if kind is nn.Softmax2d:
+        return _softmax(step, rank - 3)
+    if kind in (nn.LocalResponseNorm, nn.CrossMapLRN2d):
+        return _over(step, (1,), "nothing")
+    if kind in (nn.LayerNorm, nn.RMSNorm):
+        return _norm(step, len(layer.normalized_shape))
     if kind is nn.GLU:
-        return Gate(layer.dim % rank)
+        dim: Any = layer.dim
+        return Gate(dim % rank)
     return _parametric(step, layer, rank)
 
 
-def _parametric(step: Step, layer: Any, rank: int) -> Rule | None:
+def _parametric(step: Step, layer: nn.Module, rank: int) -> Rule | None:
     """Layers with parameters per channel."""
     held = parameter_values(step, {})
-    if type(layer) is nn.PReLU and rank > 1:
+    if isinstance(layer, nn.PReLU) and rank > 1:
         return ChannelSlope(held["weight"]) if "weight" in held else None
-    group = type(layer) is nn.GroupNorm
-    if not group and type(layer) is not _INSTANCE.get(rank):
-        return None
     if not held and _is_shared(step):
         return None  # one number of groups serves several calls
-    if not group and layer.track_running_stats:
-        return PerChannel(layer.eps)
-    return _normed(step, layer.num_groups if group else layer.num_features, layer.eps, held)
+    if isinstance(layer, nn.GroupNorm):
+        return _normed(step, layer.num_groups, layer.eps, held)
+    if isinstance(layer, _INSTANCE.get(rank, ())):
+        if layer.track_running_stats:
+            return PerChannel(layer.eps)
+        return _normed(step, layer.num_features, layer.eps, held)
+    return None
 
 
 def _is_shared(step: Step) -> bool:

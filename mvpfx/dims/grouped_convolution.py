@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mvpfx.dims.channel_norm import per_channel
 from mvpfx.dims.contraction import Fold, uniform_constants
 from mvpfx.dims.convolution import Convolution
 from mvpfx.dims.rule import Step, alike, all_dims, stay
-from mvpfx.dims.channel_norm import per_channel
 from mvpfx.dims.value import Value, any_slice, shrink_to
 
 

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 _UNARY = (
-    "abs", "atan", "celu", "ceil", "clamp", "clamp_max", "clamp_min", "cos", "elu", "erf", "exp",
-    "expm1", "floor", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log1p", "logsigmoid", "mish", "nan_to_num", "neg",
-    "pow", "relu", "relu6",
+    "abs", "atan", "ceil", "celu", "clamp", "clamp_max", "clamp_min", "cos", "elu", "erf",
+    "exp", "expm1", "floor", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh",
+    "leaky_relu", "log1p", "logsigmoid", "mish", "nan_to_num", "neg", "pow", "relu", "relu6",
     "round", "rsqrt", "selu", "sigmoid", "sign", "silu", "sin", "softplus", "softshrink",
-    "softsign",    "sqrt", "square", "tanh", "tanhshrink", "threshold",
+    "softsign", "sqrt", "square", "tanh", "tanhshrink", "threshold",
 )  # fmt: skip
 _BINARY = {
     "add": operator.add,
@@ -32,13 +32,23 @@ _BINARY = {
     "multiply": operator.mul,
     "subtract": operator.sub,
 }
+
+
+def _subtracted(x: Any, y: Any) -> Any:
+    return y - x
+
+
+def _divided(x: Any, y: Any) -> Any:
+    return y / x
+
+
 _REFLECTED = {
     "__radd__": operator.add,
     "__rmul__": operator.mul,
-    "__rsub__": lambda x, y: y - x,
-    "rsub": lambda x, y: y - x,
-    "__rtruediv__": lambda x, y: y / x,
-    "__rdiv__": lambda x, y: y / x,
+    "__rsub__": _subtracted,
+    "rsub": _subtracted,
+    "__rtruediv__": _divided,
+    "__rdiv__": _divided,
 }
 _IDENTITY = (
     "contiguous",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mvpfx.dims.attending import may_mask
+from mvpfx.dims.channel_norm import GroupNorm
 from mvpfx.dims.find_rule import find_rule
 from mvpfx.dims.projected_attention import find_projected
 from mvpfx.dims.rearrangement import NAMES, sources
@@ -85,6 +86,7 @@ class Reading:
             return None
         value = Value.of(node.name, tuple(size_hint(size) for size in fake.shape))
         value.fixed = [fixed or _varies(size) for size in fake.shape]
+        value.varies = tuple(_is_symbolic(size) for size in fake.shape)
         self.values[node] = value
         return value
 
@@ -199,7 +201,11 @@ class Reading:
         if step.node.target in ATTENTIONS:
             owner = full_name(self.region, step.node.meta.get("module", "")).rstrip(".")
             return find_projected(step, self.program.module(owner), owner, self._can_fold(step))
-        return find_rule(step, self._can_fold(step))
+        rule = find_rule(step, self._can_fold(step))
+        if isinstance(rule, GroupNorm) and step.module is not None:
+            shared = self.obstacle(full_name(self.region, step.node.target))
+            return rule if shared is None else Opaque(shared)
+        return rule
 
     def _can_fold(self, step: Step) -> bool:
         """Whether a bias read here alone can take constants, or be created."""
@@ -217,6 +223,11 @@ class Reading:
             return False
         plain = original_class(module).forward in [kind.forward for kind in _BIASED]
         return plain and module._parameters.get("bias") is None
+
+
+def _is_symbolic(size: Any) -> bool:
+    """Whether a size depends on the call."""
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
 
 
 def _varies(size: Any) -> str | None:

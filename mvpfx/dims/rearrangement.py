@@ -16,12 +16,13 @@ from mvpfx.dims.rule import Step, alike, replaced
 from mvpfx.dims.value import Known, Value, compact, slices
 
 NAMES = frozenset((
-    "__getitem__", "broadcast_to", "cat", "channel_shuffle", "chunk", "clone",
-    "concat", "concatenate", "contiguous",    "detach", "expand", "expand_as", "flatten", "flip", "getitem", "hstack", "index_select", "mT",
-    "movedim", "narrow", "permute", "pixel_shuffle", "pixel_unshuffle",
-    "repeat", "repeat_interleave", "reshape",    "reshape_as", "roll", "select", "split", "split_with_sizes", "squeeze", "stack", "swapaxes",
-    "swapdims", "t", "T", "tensor_split", "tile", "transpose", "unbind", "unflatten", "unsqueeze",
-    "view", "view_as", "vstack",
+    "__getitem__", "broadcast_to", "cat", "channel_shuffle", "chunk", "clone", "concat",
+    "concatenate", "contiguous", "detach", "expand", "expand_as", "flatten", "flip", "getitem",
+    "hstack", "index_select", "movedim", "mT", "narrow", "permute", "pixel_shuffle",
+    "pixel_unshuffle", "repeat", "repeat_interleave", "reshape", "reshape_as", "roll", "select",
+    "split", "split_with_sizes", "squeeze", "stack", "swapaxes", "swapdims", "t", "T",
+    "tensor_split", "tile", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as",
+    "vstack",
 ))  # fmt: skip
 CHOOSING = frozenset((
     "__getitem__", "getitem", "index_select", "narrow", "select", "split", "split_with_sizes",

@@ -143,6 +143,14 @@ class Slicewise:
         return sorted(self.free, key=lambda pair: pair[1])
 
 
+class Softmax(Slicewise):
+    """A softmax along the only mixed dimension."""
+
+    def forward(self, step: Step) -> None:
+        """Results sum to one."""
+        step.outputs[0].sums_to_one = self.mixed[0]
+
+
 def in_blocks(
     sources: list[tuple[Value, int, int]], results: list[tuple[Value, int, int]], name: str
 ) -> Iterator[Value]:

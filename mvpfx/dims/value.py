@@ -68,6 +68,7 @@ class Value:
         reasons: for each dimension, what kept an index that was dead.
         sums_to_one: the dimension along which elements sum to one, as after a softmax.
         multiple: what its sizes stay multiples of, where a kernel needs that.
+        varies: for each dimension whether its size depends on the call.
         follows: whether it loses what the values computed from it lose, as a parameter does.
     """
 
@@ -80,6 +81,7 @@ class Value:
     reasons: list[str | None] = field(default_factory=list["str | None"])
     sums_to_one: int | None = None
     multiple: int = 1
+    varies: tuple[bool, ...] = ()
     follows: bool = False
 
     @classmethod
