@@ -83,6 +83,8 @@ class Recorder(TorchFunctionMode):
         if self.paused:
             return func(*args, **kwargs)
         name = str(getattr(func, "__name__", ""))
+        if name in _DATA:  # what a fake would give is not its data
+            raise CaptureError(f"its forward reads the data of a tensor, with .{name}()")
         if name == "__set__":
             return self._set_property(func, *args)
         rule = FAKE_RULES.get(func)
@@ -154,6 +156,10 @@ class Recorder(TorchFunctionMode):
         if is_tensor_method_or_property(func) and hasattr(Tensor, name):
             return self.writer.track(out, self.writer.call("call_method", name, args, kwargs))
         return self.writer.track(out, self.writer.call("call_function", func, args, kwargs))
+
+
+_DATA = frozenset(("numpy", "__array__", "data_ptr", "const_data_ptr", "__dlpack__", "tolist"))
+"""What looks at the memory of a tensor."""
 
 
 def _property_name(func: Any) -> str:

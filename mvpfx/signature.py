@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from operator import attrgetter, eq
 from typing import Any
 
@@ -157,6 +158,8 @@ class Configuration:
             parts.append(part)
             key.append(type(part))
             for name, value in own_values(part):
+                if isinstance(value, Iterator):
+                    raise CaptureError(f"{type(part).__name__}.{name} is an iterator: it moves on")
                 key.append(name)
                 for found in walk(value, seen):
                     inside = is_container(found)

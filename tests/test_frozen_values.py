@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import enum
 import functools
+import itertools
 import math
 import types
 from collections.abc import Callable
@@ -256,3 +257,37 @@ def test_numbers_of_any_kind_stand_in_graphs(name: str) -> None:
     if not wanted.is_complex():
         small = mvpfx.convert(model.eval(), example_inputs=x)
         torch.testing.assert_close(small(x), wanted)
+
+
+class Reads(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layer, self.how = nn.Linear(4, 4), how
+        self.count = itertools.count(1)
+        self.numbers = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        if self.how == "count":
+            return y * next(self.count)
+        if self.how == "iterator":
+            return y * next(self.numbers)
+        with torch.no_grad():
+            first = y.detach()[0, 0]
+            if self.how == "numpy":
+                return y * float(first.numpy())
+            if self.how == "asarray":
+                return y * float(numpy.asarray(first))
+            return y * first.tolist()
+
+
+@pytest.mark.parametrize("how", ["count", "iterator", "numpy", "asarray", "tolist"])
+def test_what_cannot_be_frozen_is_not_captured(how: str) -> None:
+    torch.manual_seed(0)
+    model, x = Reads(how), torch.randn(3, 4)
+    layer = model.layer
+    plain = nn.functional.linear(x, layer.weight.detach().clone(), layer.bias.detach().clone())
+    mvpfx.prepare(model, mvpfx.PruningConfig(density=1.0))
+    for call in range(1, 4):
+        factor = float(plain[0, 0]) if how in ("numpy", "asarray", "tolist") else call
+        torch.testing.assert_close(model(x), factor * plain)
