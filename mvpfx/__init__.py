@@ -22,6 +22,7 @@ from mvpfx.schedule import ConstantSchedule, CubicSchedule, ExponentialSchedule,
 from mvpfx.scheduler import SparsityScheduler
 from mvpfx.state import report_of
 from mvpfx.store import save
+from mvpfx.views import masks, scores
 
 if TYPE_CHECKING:
     from mvpfx import hf
@@ -46,6 +47,7 @@ __all__ = [
     "latest_checkpoint",
     "load",
     "load_checkpoint",
+    "masks",
     "parameter_groups",
     "penalty",
     "prepare",
@@ -53,6 +55,7 @@ __all__ = [
     "report_of",
     "save",
     "save_checkpoint",
+    "scores",
     "sparsity_table",
 ]
 __version__ = "0.1.0"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import fx, nn
 
 from mvpfx.adapters import adapted_model, is_adapter, without_adapters
 from mvpfx.budget import flop_costs, parameter_costs, within_budget
-from mvpfx.config import PruningConfig
+from mvpfx.config import PruningConfig, config_of
 from mvpfx.coupled import COUPLED
 from mvpfx.dead_heads import head_sites, refusal, unremoved, without_heads
 from mvpfx.example import inputs_if_any, own_inputs
@@ -40,10 +40,12 @@ from mvpfx.unconverted import is_converted, make_plain
 from mvpfx.variant import graph_module
 from mvpfx.weights import weight_owners
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def prepare(
-    model: nn.Module, config: PruningConfig | None = None, *, example_inputs: Any = None
-) -> nn.Module:
+    model: M, config: PruningConfig | None = None, *, example_inputs: Any = None, **fields: Any
+) -> M:
     """Make `model` prunable, in place: scores and a mask for each site, graphs for its regions.
 
     Nothing else of the model changes: parameters, their names and order, its class for
@@ -60,6 +62,10 @@ def prepare(
             find functional matmuls on parameters before the optimizer is built, and for what
             graphs have to show: granularity "channel" and "hybrid". Language models of
             transformers have inputs of their own for that.
+        fields: those of `PruningConfig`, instead of `config`.
+
+    Example:
+        >>> model = prepare(nn.Sequential(nn.Linear(4, 4)), density=0.25, criterion="magnitude")
 
     Returns:
         `model` itself.
@@ -68,10 +74,11 @@ def prepare(
         ValueError: the model has no site, was prepared before, an override matches nothing or
             collides, a block does not tile a weight, a weight is no floating tensor with data,
             or the example inputs do not fit.
+        TypeError: a field is unknown, or `config` is not a `PruningConfig`.
     """
-    config = PruningConfig() if config is None else config
+    config = config_of(config, fields)
     check_readable(config.schedule)
-    whole, model = model, adapted_model(model)
+    whole, model = model, cast("M", adapted_model(model))
     kind = original_class(model).__name__
     state = find_state(model)
     if state is not None and state.report is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -52,11 +52,11 @@ def as_count(value: object, name: str, least: int = 1) -> int:
         TypeError: if it is no int.
         ValueError: if it is too small.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):  # NumPy's integers are too
         raise TypeError(f"{name} must be a whole number; found {value!r} ({type(value).__name__}).")
     if value < least:
         raise ValueError(f"{name} must be at least {least}; found {value}.")
-    return value
+    return int(value)
 
 
 def _as_float(value: object, name: str) -> float:

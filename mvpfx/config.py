@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any
 
 from mvpfx import criteria
@@ -122,10 +123,7 @@ class PruningConfig:
         criteria.check_options(self.criterion, self.criterion_options)
         own_score_init(self.criterion, self.score_init)
         check_group_density(self.granularity, self.density, DENSITY)
-        if not isinstance(self.allow_unremovable, bool):
-            raise TypeError(
-                f"allow_unremovable must be True or False; found {self.allow_unremovable!r}."
-            )
+        _check_switch(self.allow_unremovable, "allow_unremovable")
         cuts = criteria.find(self.criterion).cuts
         if self.schedule is _UNSAID and cuts is not None:
             object.__setattr__(self, "schedule", CubicSchedule(cuts=cuts))
@@ -209,6 +207,49 @@ class PruningConfig:
         if "schedule" in values:
             values["schedule"] = schedules.from_dict(values["schedule"])
         return cls(**values)
+
+
+def config_of(config: object, given: Mapping[str, Any]) -> PruningConfig:
+    """The configuration that `prepare` was called with, as one object or as keywords.
+
+    Raises:
+        TypeError: both were given, or something else; the text shows the right call.
+    """
+    if config is None:
+        return _from_keywords(given)
+    if isinstance(config, PruningConfig):
+        if not given:
+            return config
+        raise TypeError(
+            f"prepare was given a PruningConfig and {', '.join(given)} besides. Put all into one "
+            f"of them: PruningConfig({next(iter(given))}=..., ...)."
+        )
+    call = "mvpfx.prepare(model, density=0.1)"
+    if isinstance(config, Mapping):
+        call = "mvpfx.prepare(model, **config)"
+    raise TypeError(
+        f"prepare needs a PruningConfig or keywords; found {config!r} ({type(config).__name__}). "
+        f"Call {call}."
+    )
+
+
+def _from_keywords(given: Mapping[str, Any]) -> PruningConfig:
+    known = [f.name for f in fields(PruningConfig)]
+    for name, value in given.items():
+        if name in known:
+            continue
+        near = get_close_matches(name, known, 1)
+        remedy = f"Did you mean {near[0]}=?" if near else f"It has {', '.join(known)}."
+        if name in ("sparsity", "amount", "final_sparsity"):
+            kept = f"{1 - value:.4g}" if isinstance(value, float) and 0 <= value < 1 else "..."
+            remedy = f"density is the fraction that is kept: mvpfx.prepare(model, density={kept})."
+        raise TypeError(f"a configuration has no field {name!r}. {remedy}")
+    return PruningConfig(**given)
+
+
+def _check_switch(value: object, name: str) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; found {value!r}.")
 
 
 def _check_schedule(schedule: object) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from mvpfx import store
+from mvpfx.careless import warn_of_density
 from mvpfx.comparison import Comparison, agree, compare_models
 from mvpfx.computed import duplicate
 from mvpfx.distributed import check_whole
@@ -33,9 +34,11 @@ from mvpfx.passes.propagate_layout import PropagateLayout
 from mvpfx.passes.shrink_dims import ShrinkDims, narrows_results
 from mvpfx.pipeline import Decision, Record, run
 from mvpfx.program import Program, copy_graph
+from mvpfx.ranking import leading
 from mvpfx.recording import CaptureError
 from mvpfx.region import Region, captured, make_region, region_modules, region_of
 from mvpfx.report import make_report
+from mvpfx.scheduler import masks_of
 from mvpfx.state import State, attach_state, detach_state, find_state, unwrapped
 from mvpfx.storage import SparseLinear
 from mvpfx.swap import drop_runtimes, restore
@@ -90,6 +93,7 @@ def _convert(
     model = unwrapped(model)
     _warn_without_kernels(model, choose.lowering)
     check_whole(model)
+    warn_of_density(leading(masks_of(model)))
     source = duplicate(model).eval()
     drop_runtimes(source)
     state = find_state(model)

@@ -70,6 +70,7 @@ class MaskState(nn.Module):
         penalty_lambda: factor of the penalty now.
         steered: density that the penalty is steered to now; None where it is not steered.
         step: optimizer steps the scheduler has counted.
+        penalty_asked: whether `penalty` was ever called for it.
         frozen: whether `frozen_kept` says what stays, not the criterion.
         frozen_kept: bool `[r, c]`, which units stay; None where the schedule never freezes.
         remembered_weight: what the weight goes back to; None where the schedule never rewinds.
@@ -100,7 +101,7 @@ class MaskState(nn.Module):
         self.hold(weight)
         for name in ("scores", "frozen_kept", "remembered_weight"):
             self.register_buffer(name, None)
-        self.frozen = False
+        self.frozen = self.penalty_asked = False
         with torch.inference_mode(False):
             start = torch.zeros(len(_PROGRESS), dtype=torch.float64, device=weight.device)
         self.register_buffer("progress", start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -38,6 +39,12 @@ def parameter_groups(
     for name, value in rates.items():
         if as_number(value, name) < 0:
             raise ValueError(f"{name} must be at least 0; found {value!r}.")
+    if score_lr == 0 and any(isinstance(part, Mask) and part.rated() for part in model.modules()):
+        warnings.warn(
+            "score_lr=0 never moves the scores, so masks would not learn. Give them a learning "
+            "rate, such as score_lr=1e-2.",
+            stacklevel=2,
+        )
     groups: dict[str, dict[str, Any]] = {
         "weights": {"lr": lr, "weight_decay": weight_decay},
         "no_decay": {"lr": lr, "weight_decay": 0.0},

@@ -29,6 +29,7 @@ def penalty(model: nn.Module) -> Tensor:
     first = next(model.parameters(), None)
     total = torch.zeros((), device=first.device if first is not None else None)
     for mask in masks:
+        mask.penalty_asked = True
         if mask.penalty_lambda:
             term = mask.criterion.penalty(mask) * (mask.penalty_lambda / len(masks))
             total = total + term.to(total.device)

@@ -10,6 +10,7 @@ from torch.optim.optimizer import Optimizer
 
 from mvpfx.accumulation import accumulate, check_accumulating, watch_gradients
 from mvpfx.adapters import warn_of_frozen_scores
+from mvpfx.careless import Loop
 from mvpfx.checks import as_count
 from mvpfx.cut import check_cuts, cut
 from mvpfx.distributed import is_sharded
@@ -71,6 +72,7 @@ class SparsityScheduler:
         check_cuts(self._cutting, self.total_steps)
         warn_of_short_run(self._leading, self.total_steps)
         self._steerings = steerings(self._leading, self.total_steps)
+        self._loop = Loop(self._leading)
         if self._observing or self._steerings or self._accumulating:
             watch_steps(self)
         self._move()
@@ -110,6 +112,7 @@ class SparsityScheduler:
         self._rewind()
         for steering in self._steerings:
             steering.move()
+        self._loop.step()
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Look at gradients before an optimizer takes them; called by torch."""
