@@ -155,6 +155,7 @@ class Steering:
         """Give the masks the factor as it is."""
         for mask in self.masks:
             mask.penalty_lambda = self.pull.factor
+            mask.note_progress()
 
     def state_dict(self) -> dict[str, Any]:
         """The controller's numbers."""
