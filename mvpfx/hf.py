@@ -102,13 +102,13 @@ class PruningTrainer(VerifiedTrainer):
 
     def _prepare(self, model: nn.Module) -> nn.Module:
         state = find_state(model)
-        if state is None:
+        if state is None or (state.report is not None and self.config is not None):
             return prepare(model, self.config)
         kind = original_class(model).__name__
         if state.report is not None:
             raise ValueError(
-                f"{kind} was converted, and has no masks. Train it on with transformers.Trainer, "
-                "or prune the model that it was converted from."
+                f"{kind} was converted, and has no masks. To prune it further give config=; to "
+                "train it on as it is use transformers.Trainer, after model.requires_grad_()."
             )
         if self.config is not None and state.config != self.config:
             raise ValueError(

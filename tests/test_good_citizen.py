@@ -120,8 +120,8 @@ def test_fine_tuning_reaches_all_that_is_left(name: str, lowering: str) -> None:
 def test_the_pruning_trainer_says_that_there_is_nothing_to_prune() -> None:
     _, small, _ = citizen("bert", "dense")
     message = (
-        "BertForSequenceClassification was converted, and has no masks. Train it on with "
-        "transformers.Trainer, or prune the model that it was converted from."
+        "BertForSequenceClassification was converted, and has no masks. To prune it further give "
+        "config=; to train it on as it is use transformers.Trainer, after model.requires_grad_()."
     )
     with raises(ValueError, message):
         PruningTrainer(small)
