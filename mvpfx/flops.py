@@ -144,6 +144,10 @@ def _grouped(x: Tensor, weights: Tensor, *_: Any) -> int:
     return 2 * x.shape[0] * weights.shape[-2] * weights.shape[-1]
 
 
+def _sparse(crow: Tensor, col: Tensor, values: Tensor, bias: Any, x_t: Tensor, *_: Any) -> int:
+    return 2 * values.numel() * x_t.shape[1]
+
+
 def _tiled(crow: Tensor, col: Tensor, values: Tensor, bias: Any, x: Tensor, *_: Any) -> int:
     return 2 * values.numel() * x.shape[0]
 
@@ -151,6 +155,7 @@ def _tiled(crow: Tensor, col: Tensor, values: Tensor, bias: Any, x: Tensor, *_: 
 _OWN: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._grouped_mm: _grouped,
+    torch.ops.mvpfx.sparse_linear: _sparse,
     torch.ops.mvpfx.tiled_linear: _tiled,
 }
 """What torch's registry does not count."""

@@ -33,7 +33,8 @@ _TABLES = tuple(
 )
 """Attributes of every module that a forward may write to, as transformers adds hooks."""
 
-_one_at_a_time = threading.RLock()
+one_at_a_time = threading.RLock()
+"""Held by the thread that records: what it looks at must not be what another one has patched."""
 _thread = threading.local()
 
 
@@ -92,7 +93,7 @@ class Interception:
 
     def __enter__(self) -> None:
         with ExitStack() as stack:  # what fails half-way is undone as far as it went
-            stack.enter_context(_one_at_a_time)
+            stack.enter_context(one_at_a_time)
             stack.enter_context(Capturing())
             self._enter(stack)
             self._stack = stack.pop_all()

@@ -23,6 +23,8 @@ from mvpfx.held_values import LONGEST, is_container, own_values, same, walk
 _LIBRARIES = frozenset(("torch", "mvpfx", "numpy", "sympy", "functools")) | sys.stdlib_module_names
 _MISSING = object()
 _EMPTY = object()
+_PATCHED = frozenset(("get_interface",))
+"""What recordings put in the place of transformers' own; another thread may record."""
 MOST_FUNCTIONS = 2000
 """Further functions are not looked at; no forward of a block names as many."""
 
@@ -144,7 +146,8 @@ class _Code:
                     yield from _attributes(value, code.co_names)
         for kind in self.classes:
             for name, value in vars(kind).items():
-                if name in self._names and (name[:2] != "__" or isinstance(value, FunctionType)):
+                own = name[:2] != "__" or isinstance(value, FunctionType)
+                if name in self._names and own and name not in _PATCHED:
                     yield kind, name
 
     def _follow(self, names: tuple[str, ...]) -> None:
@@ -215,7 +218,7 @@ def _attributes(value: Any, names: tuple[str, ...]) -> Iterator[tuple[Owner, str
     owners = value.__mro__ if isinstance(value, type) else (value,)
     for owner in owners:
         if not _is_library(owner):
-            for name in vars(owner).keys() & set(names):
+            for name in (vars(owner).keys() & set(names)) - _PATCHED:
                 yield owner, name
 
 

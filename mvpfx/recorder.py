@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from mvpfx.cache_view import CacheBook, CacheView
-from mvpfx.interception import Interception, SideEffects
+from mvpfx.interception import Interception, SideEffects, one_at_a_time
 from mvpfx.leaves import FAKE_RULES, Leaf, fake_module
 from mvpfx.outside import Outside
 from mvpfx.recording import CONSTANTS, CaptureError, Recording
@@ -46,21 +46,8 @@ class Recorder(TorchFunctionMode):
         values, leaves, fakes = self._placeholders(flat)
         fake_args, fake_kwargs = pytree.tree_unflatten(values, spec)
         writer.watch_autocast({v.device.type for v in flat if isinstance(v, Tensor)})
-        outside = Outside(self.module)
-        effects = SideEffects(self.module, outside)
-        try:
-            with ExitStack() as stack:
-                stack.enter_context(AutocastCacheOff())
-                stack.enter_context(_identity_hooks())
-                stack.enter_context(writer.shapes)
-                stack.enter_context(Interception(self))
-                stack.enter_context(self)
-                out = self.forward(self.module, *fake_args, **fake_kwargs)
-        finally:
-            changed = effects.restore()
-            torch.set_grad_enabled(entry_grad)
-        if changed:
-            raise CaptureError(f"its forward changes state: {', '.join(changed[:3])}")
+        with one_at_a_time:
+            out, outside = self._run(fake_args, fake_kwargs)
         out_leaves, out_spec = pytree.tree_flatten(out, is_leaf=lambda x: isinstance(x, CacheView))
         writer.sync_grad_mode(entry_grad)
         writer.graph.output(tuple(writer.node_of(leaf) for leaf in out_leaves))
@@ -75,6 +62,26 @@ class Recorder(TorchFunctionMode):
             self.caches.conditions,
             outside,
         )
+
+    def _run(self, args: Any, kwargs: Any) -> tuple[Any, Outside]:
+        """What the forward returns for fakes, and what else it may read; its traces are undone."""
+        entry_grad = torch.is_grad_enabled()
+        outside = Outside(self.module)
+        effects = SideEffects(self.module, outside)
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(AutocastCacheOff())
+                stack.enter_context(_identity_hooks())
+                stack.enter_context(self.writer.shapes)
+                stack.enter_context(Interception(self))
+                stack.enter_context(self)
+                out = self.forward(self.module, *args, **kwargs)
+        finally:
+            changed = effects.restore()
+            torch.set_grad_enabled(entry_grad)
+        if changed:
+            raise CaptureError(f"its forward changes state: {', '.join(changed[:3])}")
+        return out, outside
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -154,7 +154,7 @@ def test_freezing_and_rewinding(options: dict[str, Any]) -> None:
     model = prepared(schedule=schedule, criterion="magnitude")
     names = [name.rpartition(".")[2] for name in model.state_dict() if "_mask" in name]
     wanted = ["frozen_kept"] if "freeze" in options else ["remembered_weight"] * 3
-    assert names == wanted
+    assert [name for name in names if name != "progress"] == wanted
     train(model, steps=6)
     with torch.no_grad():
         model.up.weight.normal_()

@@ -15,10 +15,12 @@ from benchmarks.peer_models import Case
 pytest.importorskip("torch_pruning")
 CASES = {case.name: case for case in peer_models.cases()}
 PADDED = ["convolutions, batch norm, padded", "residual block, padded, no biases"]
+ATTENDING = ["BERT, heads"]
+"""Constant values of heads are not handed on to a query that may attend to nothing."""
 FOLDED_BY_AO = ["MLP", "FFN with its norm and shortcut", "convolutions"]
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in PADDED])
+@pytest.mark.parametrize("name", [n for n in CASES if n not in PADDED + ATTENDING])
 def test_as_much_goes_as_with_a_peer_and_the_function_stays(name: str) -> None:
     row = structured_peers.compare(CASES[name], silent=False)
     ours, peer = row["mvpfx"], row["torch_pruning"]
@@ -44,6 +46,15 @@ def test_constants_beside_padding_stay_and_the_reason_is_told(name: str, left: s
     reason = "they are constant, not zero, and padding puts zeros beside them"
     assert row["mvpfx"]["left"] == [f"{left} are zero, but {reason}"]
     assert row["torch_pruning"]["parameters"] < row["mvpfx"]["parameters"] < row["parameters"]
+    assert row["torch_pruning"]["difference"] > 1e-3
+
+
+@pytest.mark.parametrize("name", ATTENDING)
+def test_constant_values_of_heads_stay_and_the_reason_is_told(name: str) -> None:
+    row = structured_peers.compare(CASES[name], silent=False)
+    reason = "a query that may attend to nothing gets 0, not their constant values"
+    assert sum(reason in line for line in row["mvpfx"]["left"]) == 4
+    assert row["torch_pruning"]["parameters"] < row["mvpfx"]["parameters"] == row["parameters"]
     assert row["torch_pruning"]["difference"] > 1e-3
 
 
