@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from torch import fx, nn
 
@@ -78,7 +78,11 @@ def prepare(
     """
     config = config_of(config, fields)
     check_readable(config.schedule)
-    whole, model = model, cast("M", adapted_model(model))
+    _prepare(adapted_model(model), config, example_inputs)
+    return model
+
+
+def _prepare(model: nn.Module, config: PruningConfig, example_inputs: Any) -> None:
     kind = original_class(model).__name__
     state = find_state(model)
     if state is not None and state.report is None:
@@ -105,7 +109,6 @@ def prepare(
     attach_state(model, state)
     _install(model, program, state, lazy=example_inputs is None)
     state.graphs = {n: graph for n, graph in program.graphs.items() if n in state.regions}
-    return whole
 
 
 def _with_density(seen: Program, config: PruningConfig, example_inputs: Any) -> PruningConfig:

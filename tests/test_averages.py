@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -88,7 +89,9 @@ def test_the_density_goes_along(way: str, steps: int) -> None:
     other = WAYS[way](model, average)
     assert density(other) == pytest.approx(density(model), abs=1e-6)
     assert max(density(other)) < 1
-    small = mvpfx.convert(other, example_inputs=X, lowering="dense")
+    told = pytest.warns(UserWarning, match="the schedule has not come to its end")
+    with told if steps < 12 else nullcontext():
+        small = mvpfx.convert(other, example_inputs=X, lowering="dense")
     torch.testing.assert_close(small(X), other(X))
     left = sum(int((p != 0).sum()) for p in small.parameters() if p.dim() == 2)
     assert left <= sum(fraction * 16 * 32 / (1, 2)[i] for i, fraction in enumerate(density(model)))

@@ -36,6 +36,7 @@ def run(
         for part in range(2 if way == "accumulated" else 1):
             with torch.autocast("cpu", dtype=torch.float16):
                 loss = nn.functional.cross_entropy(model(x[part::2]).float(), y[part::2])
+            loss = loss + mvpfx.penalty(model)
             scaler.scale(loss).backward()
         if way == "unscaled and clipped":
             scaler.unscale_(optimizer)
