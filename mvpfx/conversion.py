@@ -120,7 +120,13 @@ def _convert(
         name = _fastest(comparison, dense, [name, *others]) if auto else name
         if name in others:
             (chosen, lowerings), small = others[name], versions[name]
-        if auto and smaller and _is_slower(comparison, name):
+        pair = {other: versions[other] for other in ("dense", name)}
+        if (
+            auto
+            and smaller
+            and _is_slower(comparison, name)
+            and _is_slower(compare_models(source, pair, example_inputs), name)
+        ):  # twice: something else on the machine may have slowed one of them down
             shrinking = [_undone(record, comparison, name) for record in shrinking]
             name, small = "dense", versions["dense"]
             steps = (ChooseStorage("dense", why=UNTOUCHED), PropagateLayout(), LowerMatmuls())
