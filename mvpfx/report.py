@@ -164,12 +164,17 @@ def sparsity_table(model: nn.Module) -> str:
 
 
 def converted_table(rows: Sequence[Row]) -> str:
-    """Return the table of a converted model."""
+    """Return the table of a converted model.
+
+    Its total has the density of the weights that were pruned, as the table of the prepared model
+    has, and the bytes and milliseconds of all lines: layers that were not pruned have lines too.
+    """
     timed = any(row.before_ms is not None for row in rows)
     headers = ["site", "shape", "granularity", "density", "kept / total", "storage"]
     headers += ["bytes before", "bytes after", *(["ms before", "ms after"] if timed else [])]
     lines = [_line(row, timed) for row in rows]
-    kept, total = sum(r.kept for r in rows), sum(r.total for r in rows)
+    pruned = [row for row in rows if row.granularity != _DENSE_GRANULARITY] or rows
+    kept, total = sum(r.kept for r in pruned), sum(r.total for r in pruned)
     before, after = sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows)
     totals: list[Any] = ["total", "", "", _ratio(kept, total), f"{kept:,} / {total:,}", ""]
     totals += [f"{before:,}", f"{after:,}"]

@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from mvpfx.training_kernels import library as training_kernels
 
 os.environ[SWITCH] = "off"  # so that the net under optimisations hides no fault
 torch.set_num_threads(1)
+# pytest listens to each logger that does not propagate; with a listener, torch writes down each
+# step of a recording for it, and recordings take a third longer.
+logging.getLogger("torch.__trace").propagate = True
 FEW_MODELS = {"BERT", "Llama", "bert", "convolutions", "nn.TransformerEncoder", "tied weights"}
 """What stands for all where a test marked `every_model` repeats over the argument `name`."""
 

@@ -1,3 +1,4 @@
+import copy
 import re
 
 import pytest
@@ -77,6 +78,20 @@ def test_a_converted_model_explains_itself() -> None:
     text = mvpfx.explain(small)
     assert "+ remove dead channels: 8 x 4 -> 4 x 4" in text
     assert "Largest output difference, masked vs converted: " in text
+
+
+def test_a_layer_that_was_not_pruned_is_not_part_of_the_total_density() -> None:
+    layers = [nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 512)]
+    model, x = nn.Sequential(*layers), torch.randn(4, 32)
+    config = mvpfx.PruningConfig(criterion="magnitude", density=0.25, overrides={"4": None})
+    mvpfx.prepare(model, config, example_inputs=x)
+    scheduler = mvpfx.SparsityScheduler(model, total_steps=1)
+    scheduler.step()
+    before = mvpfx.sparsity_table(model).splitlines()[-1].split()
+    for lowering in ("native", "csr", "dense"):
+        small = mvpfx.convert(copy.deepcopy(model).eval(), example_inputs=x, lowering=lowering)
+        total = mvpfx.sparsity_table(small).splitlines()[-1].split()
+        assert total[:5] == before[:5] == ["total", "0.2500", "1,536", "/", "6,144"]
 
 
 def test_nothing_gained_is_said() -> None:
