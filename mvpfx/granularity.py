@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ class Granularity:
         head: whether a unit belongs to a head.
         channel: whether a unit belongs to a hidden channel.
         copies: at how many places along the outputs a unit has `rows`, evenly spread.
+        places: how many places the kernel of a convolution has: groups and blocks are of input
+            channels at one place, which stand so many columns apart. 1 for all other weights.
     """
 
     rows: int | None = 1
@@ -58,6 +60,7 @@ class Granularity:
     head: bool = False
     channel: bool = False
     copies: int = 1
+    places: int = 1
 
     def __str__(self) -> str:
         """As in a configuration: a name, or the sizes of a block.
@@ -85,7 +88,7 @@ class Granularity:
         if self.channel:
             return self._block_of(site)
         if not self.head:
-            return self
+            return replace(self, places=self._places(site))
         if site.head is None:
             raise ValueError(
                 f"{site.name} is no projection of an attention whose number of heads is known, so "
@@ -115,9 +118,15 @@ class Granularity:
                 "None}"
             )
         height, width = matrix_shape(site)
+        places = self._places(site)
         head_rows, head_cols = (site.head.rows, site.head.cols) if site.head else (None, None)
         rows = math.gcd(self.rows, head_rows or height // site.parts)
-        return Granularity(rows, math.gcd(self.cols, head_cols or width))
+        return Granularity(rows, math.gcd(self.cols, head_cols or width // places), places=places)
+
+    def _places(self, site: Site) -> int:
+        """Places of the kernel that `site` has, where units are of several input channels."""
+        several = self.group is not None or (self.cols is not None and self.cols > 1)
+        return kernel_places(site) if several else 1
 
     @property
     def is_element(self) -> bool:
@@ -144,9 +153,9 @@ class Granularity:
         if self.group is None:
             return importance
         keep, size = self.group
-        groups = importance.unflatten(1, (-1, size))
+        groups = importance.unflatten(1, (-1, size, self.places))
         order = groups.argsort(dim=2, descending=True, stable=True)
-        return groups.scatter(2, order[..., :keep], math.inf).flatten(1)
+        return groups.scatter(2, order[:, :, :keep], math.inf).flatten(1)
 
     def block(self, site: Site) -> tuple[int, int]:
         """Size of one unit of `site`, as (outputs, inputs)."""
@@ -167,13 +176,15 @@ class Granularity:
         (height, width), (rows, cols) = matrix_shape(site), self.block(site)
         height //= site.parts
         if self.group is not None:
-            self._check_groups(site, self.group[1], width)
+            self._check_groups(site, self.group[1], width // self.places)
             return
+        width //= self.places
         sizes = [("height", height, rows), ("width", width, cols)]
         bad = [(word, size, part) for word, size, part in sizes if size % part or not size]
         if not bad:
             return
         view = "" if site.shape == (height, width) else " as outputs x inputs"
+        view += " at one place of its kernel" * (self.places > 1)
         sums = ", ".join(
             f"{size} = {size // part} * {part} + {size % part}" for _, size, part in bad
         )
@@ -185,9 +196,10 @@ class Granularity:
         )
 
     def _check_groups(self, site: Site, size: int, width: int) -> None:
+        word = "inputs" if self.places == 1 else "input channels at each place of its kernel"
         if width % size or not width:
             raise ValueError(
-                f"{site.name} has {width} inputs, which groups of {size} do not tile "
+                f"{site.name} has {width} {word}, which groups of {size} do not tile "
                 f"({width} = {width // size} * {size} + {width % size}).\n"
                 f"Use groups whose size divides {width}, or leave the site out: "
                 f'overrides={{"{site.module_name or site.name}": None}}'
@@ -202,7 +214,7 @@ class Granularity:
             return matrix
         rows, cols = self.rows or matrix.shape[0] // parts, self.cols or matrix.shape[1]
         lines = matrix.unflatten(0, (self.copies, -1, rows)).sum((0, 2))
-        return lines if cols == 1 else lines.unflatten(1, (-1, cols)).sum(2)
+        return lines if cols == 1 else lines.unflatten(1, (-1, cols, self.places)).sum(2).flatten(1)
 
     def expand(self, units: Tensor, height: int, width: int) -> Tensor:
         """Repeat each unit's value over its weights: `[r, c]` -> `[height, width]`.
@@ -212,9 +224,24 @@ class Granularity:
         if self.is_element:
             return units
         (r, c), copies = units.shape, self.copies
-        lines = units[:, :, None].expand(r, c, width // c).reshape(r, width)
+        columns = units.view(r, -1, 1, self.places)
+        lines = columns.expand(-1, -1, width // c, -1).reshape(r, width)
         rows = height // (copies * r)
         return lines[None, :, None].expand(copies, r, rows, width).reshape(height, width)
+
+    def side_by_side(self, matrix: Tensor) -> Tensor:
+        """The matrix with the columns of each unit next to one another."""
+        if self.places == 1 or self.is_element:
+            return matrix
+        cols = self.cols or 1
+        return matrix.unflatten(1, (-1, cols, self.places)).transpose(2, 3).flatten(1)
+
+    def as_before(self, matrix: Tensor) -> Tensor:
+        """The inverse of `side_by_side`."""
+        if self.places == 1 or self.is_element:
+            return matrix
+        cols = self.cols or 1
+        return matrix.unflatten(1, (-1, self.places, cols)).transpose(2, 3).flatten(1)
 
 
 PRESETS = {
@@ -265,6 +292,17 @@ def matrix_shape(site: Site) -> tuple[int, int]:
     """
     outputs = site.shape[site.out_dim] * site.parts
     return outputs, math.prod(site.shape) // outputs if outputs else 0
+
+
+def kernel_places(site: Site) -> int:
+    """How many places the kernel of a convolution has; 1 for any other weight.
+
+    >>> kernel_places(Site("conv.weight", (8, 4, 3, 3))), kernel_places(Site("w", (8, 4)))
+    (9, 1)
+    """
+    convolution = site.parts == 1 and len(site.shape) > 2
+    stack_of_one = len(site.shape) == 3 and site.shape[0] == 1 and site.out_dim > 0
+    return math.prod(site.shape[2:]) if convolution and not stack_of_one else 1
 
 
 def to_matrix(weight: Tensor, out_dim: int, parts: int = 1) -> Tensor:

@@ -105,6 +105,10 @@ class MaskState(nn.Module):
         with torch.inference_mode(False):
             start = torch.zeros(len(_PROGRESS), dtype=torch.float64, device=weight.device)
         self.register_buffer("progress", start)
+        if granularity.places > 1 and not granularity.is_element:
+            # Before there was this number, a unit was of neighbours in memory: such scores, of the
+            # same shape, lack it, and are refused.
+            self.register_buffer("places", torch.full_like(start[0], granularity.places))
         self._progress_version = start._version
         self.watcher: int | None = None
         self._expanded: tuple[Tensor, Tensor] | None = None

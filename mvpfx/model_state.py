@@ -22,7 +22,7 @@ from mvpfx.transformers_types import is_pretrained
 WEIGHTS = "model.safetensors"
 SCORES = "pruning_scores.safetensors"
 """What masks store, apart from the weights: transformers renames some weights when it saves."""
-_SCORES = re.compile(r".*_mask\.(\w*scores|frozen_kept|remembered_weight|progress)")
+_SCORES = re.compile(r".*_mask\.(\w*scores|frozen_kept|remembered_weight|progress|places)")
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:

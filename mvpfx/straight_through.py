@@ -76,7 +76,8 @@ def both_gradients(
             weight_grad, movement = library.gradients(grad, weight, mask)
             return weight_grad, layout.matrix(movement)
         matrix = layout.matrix(grad)
-        if layout.granularity.copies == 1 and _is_same(matrix, grad):
+        whole = layout.granularity.copies == 1 and layout.granularity.places == 1
+        if whole and _is_same(matrix, grad):
             units, block = layout.units(*matrix.shape)
             return library.block_gradients(grad, weight, mask, units, block)
     return _masked(grad, mask), _movement(grad, weight, layout)

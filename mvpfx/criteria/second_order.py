@@ -56,7 +56,8 @@ class SecondOrder(Criterion):
         if mask.density is not None and mask.density > mask.rule.density:
             site = mask.site
             matrix = to_matrix(gradient, site.out_dim, site.parts)
-            blocks = fisher.to_blocks(matrix.float(), self._block_size(mask))
+            matrix = mask.granularity.side_by_side(matrix.float())
+            blocks = fisher.to_blocks(matrix, self._block_size(mask))
             fisher.add_gradient(mask.averages()[0], blocks, mask.option("beta"))
 
     def rank(self, mask: Mask, kept: Tensor | None) -> None:
@@ -65,35 +66,36 @@ class SecondOrder(Criterion):
         height, width = matrix_shape(mask.site)
         cols = mask.granularity.block(mask.site)[1]
         size = self._block_size(mask)
-        stays = mask.granularity.expand(kept, height, width)
+        shape = mask.granularity
+        stays = shape.side_by_side(shape.expand(kept, height, width))
         bias = self._bias(mask)
         losses = fisher.loss_without(
             mask.averages()[0],
-            fisher.to_blocks(mask.matrix().float(), size),
+            fisher.to_blocks(shape.side_by_side(mask.matrix().float()), size),
             fisher.to_blocks(stays, size).bool(),
             mask.option("damping") * bias,
             min(cols, size),
         )
-        matrix = fisher.from_blocks(losses / bias, height, width)
-        scores = mask.granularity.reduce(matrix, mask.site.parts)
+        matrix = shape.as_before(fisher.from_blocks(losses / bias, height, width))
+        scores = shape.reduce(matrix, mask.site.parts)
         mask.require_scores().copy_(scores.masked_fill(~kept, -1.0))
 
     def make_up(self, mask: Mask, before: Tensor, after: Tensor) -> None:
         """Move the weights that stay to where the loss rises least."""
-        site, size = mask.site, self._block_size(mask)
+        site, size, shape = mask.site, self._block_size(mask), mask.granularity
         height, width = matrix_shape(site)
         was, stays = (
-            fisher.to_blocks(mask.granularity.expand(kept, height, width), size).bool()
+            fisher.to_blocks(shape.side_by_side(shape.expand(kept, height, width)), size).bool()
             for kept in (before, after)
         )
         changes = fisher.compensation(
             mask.averages()[0],
-            fisher.to_blocks(mask.matrix().float(), size),
+            fisher.to_blocks(shape.side_by_side(mask.matrix().float()), size),
             was & ~stays,
             stays,
             mask.option("damping") * self._bias(mask),
         )
-        matrix = fisher.from_blocks(changes, height, width)
+        matrix = shape.as_before(fisher.from_blocks(changes, height, width))
         mask.weight.add_(from_matrix(matrix, site.shape, site.out_dim, site.parts))
 
     def _block_size(self, mask: Mask) -> int:
