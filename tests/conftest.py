@@ -2,8 +2,10 @@
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,13 @@ logging.getLogger("torch.__trace").propagate = True
 FEW_MODELS = {"BERT", "Llama", "bert", "convolutions", "nn.TransformerEncoder", "tied weights"}
 """What stands for all where a test marked `every_model` repeats over the argument `name`."""
 
+REPEATED = [
+    re.compile(line)
+    for line in (Path(__file__).parent / "slow_cases.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+"""Ids of cases that are slow ones."""
+
 LONGEST = "test_random_graphs.py"
 """One test of it takes longer than many files; begun last, all other workers would wait for it."""
 
@@ -32,15 +41,29 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests of all other models are slow ones; files of many tests begin first."""
     for item in items:
         arguments = getattr(item, "callspec", None)
         name = arguments.params.get("name") if arguments is not None else None
         if name is not None and item.get_closest_marker("every_model") and name not in FEW_MODELS:
             item.add_marker(pytest.mark.slow)
+    _mark_repeated(config, items)
     sizes = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.name != LONGEST, -sizes[item.path], item.path))
+
+
+def _mark_repeated(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the cases of `slow_cases.txt`; each line must name some, where whole files are run."""
+    ids = [f"{item.path.name}::{item.nodeid.partition('::')[2]}" for item in items]
+    files = {item.path.name for item in items}
+    for pattern in REPEATED:
+        found = [item for item, test in zip(items, ids, strict=True) if pattern.match(test)]
+        for item in found:
+            item.add_marker(pytest.mark.slow)
+        whole = not any("::" in argument for argument in config.args)
+        if not found and whole and pattern.pattern.partition("::")[0] in files:
+            raise pytest.UsageError(f"tests/slow_cases.txt: no test matches {pattern.pattern}")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

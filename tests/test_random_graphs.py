@@ -39,7 +39,7 @@ DRAWN = given(
 QUIET = (HealthCheck.too_slow, HealthCheck.data_too_large)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=QUIET, derandomize=True)
+@settings(max_examples=8, deadline=None, suppress_health_check=QUIET, derandomize=True)
 @DRAWN
 def test_a_few(seed: int, images: bool, density: float, granularity: str) -> None:
     check(seed, images, density, granularity)
