@@ -6,6 +6,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mvpfx import _supported_torch as _supported_torch  # first: it names what torch lacks
 from mvpfx import distributed
 from mvpfx.api import graphs, prepare
 from mvpfx.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import fx, nn
 
+from mvpfx._supported_torch import warn_if_untested
 from mvpfx.adapters import adapted_model, is_adapter, without_adapters
 from mvpfx.budget import flop_costs, parameter_costs, within_budget
 from mvpfx.config import PruningConfig, config_of
@@ -76,6 +77,7 @@ def prepare(
             or the example inputs do not fit.
         TypeError: a field is unknown, or `config` is not a `PruningConfig`.
     """
+    warn_if_untested()
     config = config_of(config, fields)
     check_readable(config.schedule)
     _prepare(adapted_model(model), config, example_inputs)

@@ -1,7 +1,7 @@
 """Every private torch API this package relies on, in one place.
 
-`REQUIRED` lists them by module; `tests/test_torch_private.py` names the torch version in which one
-of them went missing. Nothing else in the package imports from an underscored torch module.
+`mvpfx._supported_torch` lists them by module, and says at import which of them is missing. Nothing
+else in the package imports from an underscored torch module.
 """
 
 # pyright: reportPrivateUsage=false, reportMissingTypeStubs=false, reportUnknownMemberType=false
@@ -26,7 +26,6 @@ from sympy.core.symbol import Symbol
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as transforms_off
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
@@ -41,45 +40,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as modes_off
 from torch.utils._sympy import functions as symbolic
 from torch.utils._sympy.printers import PythonPrinter
-
-REQUIRED: dict[str, tuple[str, ...]] = {
-    "torch._C": (
-        "_set_grad_enabled",
-        "_current_graph_task_id",
-        "_are_functorch_transforms_active",
-        "_len_torch_dispatch_stack",
-        "_get_dispatch_mode",
-        "_TorchDispatchModeKey",
-        "_is_tracing",
-        "_get_tracing_state",
-        "_set_tracing_state",
-    ),
-    "torch._C._autograd": ("_top_saved_tensors_default_hooks", "_saved_tensors_hooks_is_enabled"),
-    "torch._C._nn": ("linear",),
-    "torch.cpu": ("_is_amx_tile_supported", "_is_avx512_bf16_supported"),
-    "torch._dispatch.python": ("enable_python_dispatcher",),
-    "torch._dynamo.source": ("ConstantSource",),
-    "torch._subclasses.fake_tensor": ("FakeTensor", "FakeTensorMode"),
-    "torch.fx.experimental.symbolic_shapes": (
-        "DimDynamic",
-        "GuardOnDataDependentSymNode",
-        "ShapeEnv",
-        "StatelessSymbolicContext",
-    ),
-    "torch.utils._pytree": ("tree_flatten", "tree_leaves", "tree_unflatten"),
-    "torch.utils._sympy.functions": ("FloorDiv", "Max", "Min", "Mod", "PythonMod"),
-    "torch.utils._sympy.printers": ("PythonPrinter",),
-    "torch": ("is_autocast_cache_enabled", "set_autocast_cache_enabled", "_grouped_mm"),
-    "torch._C._functorch": ("get_unwrapped", "is_batchedtensor", "is_functorch_wrapped_tensor"),
-    "torch._functorch.pyfunctorch": ("temporarily_clear_interpreter_stack",),
-    "torch.autograd.forward_ad": ("_current_level",),
-    "torch.nn.functional": ("_canonical_mask", "_none_or_dtype"),
-    "torch.nn.modules.module": ("_has_any_global_hook",),
-    "torch.multiprocessing.reductions": ("StorageWeakRef",),
-    "torch.utils.checkpoint": ("_checkpoint_without_reentrant_generator", "CheckpointFunction"),
-    "torch.utils._python_dispatch": ("TorchDispatchMode", "_disable_current_modes"),
-    "torch.overrides": ("TorchFunctionMode", "is_tensor_method_or_property"),
-}
 
 __all__ = [
     "FakeTensor",
@@ -206,7 +166,7 @@ class SymbolicShapes:
             constraint_sizes=[None] * tensor.dim(),
             constraint_strides=[None] * tensor.dim(),
         )
-        source = ConstantSource(f"input{self._inputs}")
+        source = _source(f"input{self._inputs}")
         plain = tensor.detach()
         fake = self.mode.from_tensor(plain, symbolic_context=context, source=source)
         if not tensor.requires_grad:
@@ -222,7 +182,7 @@ class SymbolicShapes:
     def number(self, hint: int | None = None) -> torch.SymInt:
         """A number of 2 or more that is `hint` now; nothing is known of it where that is None."""
         self._numbers += 1
-        source = ConstantSource(f"number{self._numbers}")
+        source = _source(f"number{self._numbers}")
         hint = 1009 + self._numbers if hint is None else hint
         symbol = self.environment.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
         size = self.environment.create_symintnode(symbol, hint=hint, source=source)
@@ -236,6 +196,14 @@ class SymbolicShapes:
     def guards(self) -> list[Any]:
         """The conditions on sizes under which the recorded control flow holds."""
         return [guard.expr for guard in self.environment.guards if guard.expr != sympy.true]
+
+
+def _source(name: str) -> Any:
+    """What torch calls the origin of a fake tensor."""
+    # It brings all of torch's compiler with it, seconds that only a recording should cost.
+    from torch._dynamo.source import ConstantSource
+
+    return ConstantSource(name)
 
 
 _fake_tensor_log = logging.getLogger("torch._subclasses.fake_tensor")
