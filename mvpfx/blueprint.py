@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from mvpfx.expected_tensors import check_alike, check_shapes, layer_shapes
+from mvpfx.expected_tensors import Told, check_alike, check_shapes, layer_shapes
 from mvpfx.file_limits import COUNT
 from mvpfx.native_linear import NativeLinear
 from mvpfx.recurrent import refresh_flat_weights
@@ -111,8 +111,16 @@ def class_before(kind: str) -> str:
     return REDUCED[kind][0].__name__ if kind in REDUCED else kind
 
 
-def fill(model: nn.Module, blueprint: Blueprint, stored: Mapping[str, Tensor]) -> nn.Module:
+def fill(
+    model: nn.Module, blueprint: Blueprint, stored: Mapping[str, Tensor], told: Told | None
+) -> nn.Module:
     """Give a skeleton the sizes, sparse layers and tensors of a blueprint, in place.
+
+    Args:
+        model: the skeleton.
+        blueprint: of the model that was saved.
+        stored: its tensors.
+        told: shapes before and after by parameter, as the report has them.
 
     Raises:
         ValueError: model, blueprint and tensors do not fit one another.
@@ -120,9 +128,8 @@ def fill(model: nn.Module, blueprint: Blueprint, stored: Mapping[str, Tensor]) -
     _check_modules(model, blueprint)
     _check_numbers(model, blueprint)
     replaced = [n for n, kind in blueprint.modules.items() if kind in (SPARSE, NATIVE_DENSE)]
-    check_shapes(
-        model, blueprint.sizes, blueprint.tensors, replaced, given=blueprint.config is None
-    )
+    told = told if blueprint.config is None else None
+    check_shapes(model, blueprint.sizes, blueprint.tensors, replaced, told)
     made: dict[str, Tensor] = {}
     for name, source in {**{n: n for n in blueprint.tensors}, **blueprint.tied}.items():
         entry = blueprint.tensors[name]

@@ -20,11 +20,12 @@ from mvpfx.transformers_types import is_conv1d
 Sizes = Mapping[str, Mapping[str, int]]
 Entries = Mapping[str, Mapping[str, Any]]
 FLOATS = ("float32", "bfloat16", "float16", "float64")
+Told = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 _Changes = set[tuple[int, int]]
 
 
 def check_shapes(
-    model: nn.Module, sizes: Sizes, entries: Entries, other: Iterable[str], given: bool
+    model: nn.Module, sizes: Sizes, entries: Entries, other: Iterable[str], told: Told | None
 ) -> None:
     """Make sure that each module gets the tensors that it computes with.
 
@@ -33,21 +34,18 @@ def check_shapes(
         sizes: module -> whole numbers that it holds in the end.
         entries: tensor -> `shape` and `dtype`, as it will be.
         other: modules that are replaced by layers of another kind, which check their own.
-        given: whether `model` is of the caller's own class, whose parameters may have sizes that
-            no number of a module tells. Two of them have to have changed alike then.
+        told: parameter -> its shape before and after, as the report has them, where `model` is of
+            the caller's own class: its parameters may have sizes that no number of a module tells.
+            Two of them have to have changed alike then, or the report has to tell of it.
 
     Raises:
         ValueError: a tensor is missing, or its shape or type is not the module's.
     """
-    skip = set(other)
-    by_owner: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for name, entry in entries.items():
-        owner, _, leaf = name.rpartition(".")
-        by_owner.setdefault(owner, {})[leaf] = entry
+    skip, by_owner = set(other), _by_owner(entries)
     modules = dict(model.named_modules(remove_duplicate=False))
     changed = {name: changes_of(module, sizes.get(name, {})) for name, module in modules.items()}
     everywhere: _Changes = set().union(*changed.values())
-    shares = _shares(model, entries) if given else set[Fraction]()
+    shares = set[Fraction]() if told is None else _shares(model, entries)
     usual = check_types(entries)
     for name, module in modules.items():
         if name in skip:
@@ -67,8 +65,10 @@ def check_shapes(
             elif known is not None and leaf in known:
                 fits = shape == known[leaf]
             else:
-                fits = tensor is not None and follows(
-                    tuple(tensor.shape), shape, changed[name], everywhere, shares
+                before = None if tensor is None else tuple(tensor.shape)
+                fits = before is not None and (
+                    follows(before, shape, changed[name], everywhere, shares)
+                    or (told is not None and _is_told(told.get(full), before, shape))
                 )
             if not fits:
                 raise ValueError(
@@ -81,6 +81,14 @@ def check_shapes(
             check_alike(
                 name, [found[leaf]["dtype"] for leaf in ("weight", "bias") if leaf in found]
             )
+
+
+def _by_owner(entries: Entries) -> dict[str, dict[str, Mapping[str, Any]]]:
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for name, entry in entries.items():
+        owner, _, leaf = name.rpartition(".")
+        found.setdefault(owner, {})[leaf] = entry
+    return found
 
 
 def changes_of(module: nn.Module, sizes: Mapping[str, int]) -> _Changes:
@@ -112,6 +120,14 @@ def follows(
         if old != new and not alike and (new > old or Fraction(new, old) not in shares):
             return False
     return True
+
+
+def _is_told(pair: object, whole: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether the report says that this became of a shape, and it is a part of it."""
+    part = len(shape) == len(whole) and all(
+        0 < new <= old for new, old in zip(shape, whole, strict=True)
+    )
+    return part and pair == (whole, shape)
 
 
 def _shares(model: nn.Module, entries: Entries) -> set[Fraction]:

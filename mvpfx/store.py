@@ -117,8 +117,9 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         found = type(loaded).__name__
         if found not in (blueprint.kind, class_before(blueprint.kind)):
             raise ValueError(f"a {blueprint.kind} was saved, not a {found}")
-        fill(loaded, blueprint, tensors)
         report = read_report(body["report"])
+        told = {row.site: (row.shape_before, row.shape_after) for row in report.rows}
+        fill(loaded, blueprint, tensors, told)
     except _DAMAGE as error:
         raise ValueError(f"{folder} cannot be loaded: {error}. {ADVICE}") from error
     attach_state(loaded, State(records=report.records, report=report))

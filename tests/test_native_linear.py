@@ -118,7 +118,7 @@ def test_a_blueprint_without_its_sizes_is_refused() -> None:
     blueprint, tensors = describe(native_dense(model, batch))
     del blueprint.sizes["0.up"]["in_features"]
     with pytest.raises(ValueError, match=r"^the layer 0.up lacks 'in_features'$"):
-        fill(ffn()[0], blueprint, tensors)
+        fill(ffn()[0], blueprint, tensors, {})
 
 
 def test_a_blueprint_of_another_shape_is_refused() -> None:
@@ -126,4 +126,4 @@ def test_a_blueprint_of_another_shape_is_refused() -> None:
     blueprint, tensors = describe(native_dense(model, batch))
     blueprint.sizes["0.up"]["in_features"] = 47
     with pytest.raises(ValueError, match=r"^weight of 0.up is \[40, 48\]"):
-        fill(ffn()[0], blueprint, tensors)
+        fill(ffn()[0], blueprint, tensors, {})

@@ -296,3 +296,30 @@ def test_a_damaged_folder_is_refused(name: str, saved: Path, tmp_path: Path) -> 
 
 def test_there_are_enough_of_them() -> None:
     assert len(HOSTILE) >= 40
+
+
+class Sliced(nn.Module):
+    """Multiplies by a half of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x @ self.weight[:32].T)
+
+
+def test_a_parameter_that_alone_became_smaller(tmp_path: Path) -> None:
+    """No number of a module and no other tensor tells its size; the report does."""
+    x = torch.randn(2, 32)
+    small = mvpfx.convert(Sliced(), example_inputs=x, lowering="dense")
+    assert small.get_parameter("weight").shape == (32, 32)
+    mvpfx.save(small, tmp_path / "m")
+    assert torch.equal(mvpfx.load(tmp_path / "m", Sliced())(x), small(x))
+    path = tmp_path / "m" / DESCRIPTION
+    body = json.loads(path.read_text())
+    body["report"]["rows"] = []
+    body["digest"] = digest_of({k: v for k, v in body.items() if k != "digest"})
+    path.write_text(json.dumps(body))
+    with pytest.raises(ValueError, match=r"weight is \[32, 32\], and a Sliced with"):
+        mvpfx.load(tmp_path / "m", Sliced())
