@@ -26,6 +26,7 @@ from mvpfx.pipeline import run
 from mvpfx.program import Program, full_name, parent_name
 from mvpfx.region import Region, make_region, region_modules, region_of
 from mvpfx.saved_schedule import check_readable
+from mvpfx.scheduler import masks_of
 from mvpfx.site import Site
 from mvpfx.state import (
     State,
@@ -91,6 +92,11 @@ def _prepare(model: nn.Module, config: PruningConfig, example_inputs: Any) -> No
         raise ValueError(
             f"{kind} is prepared already. Prepare a model once; to start again with another "
             "configuration, load the model again, or convert it first to prune what is left."
+        )
+    if state is None and masks_of(model):
+        raise ValueError(
+            f"{kind} is part of a model that is prepared already. Leave it to that model's masks, "
+            "or prepare the part before it is put into the model."
         )
     if state is not None or is_converted(model):
         make_plain(model)

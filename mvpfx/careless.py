@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 STEPS_TO_WAIT = 3
 """Optimizer steps in which scores may stay as they are: a loss scaler may skip the first ones."""
 STEPS_WITHOUT_PENALTY = 10
+Place = tuple[float | None, float]
+BACK = 0.01
+"""By how much a density may rise, or a threshold fall, when a run begins."""
 FAR = 0.1
 """Units kept above the configured density, as a fraction of all, that `convert` warns of."""
 
@@ -78,6 +81,46 @@ class Loop:
                 "(loss + mvpfx.penalty(model)).backward().",
                 stacklevel=4,
             )
+
+
+def come_to(mask: Mask) -> Place | None:
+    """Density and threshold that a mask came to in an earlier run; None where there was none."""
+    mask.follow_progress()
+    return (mask.density, mask.threshold) if mask.step else None
+
+
+def has_ended(masks: Sequence[Mask]) -> bool:
+    """Whether an earlier run has brought all masks to their final density or threshold."""
+    ends = [(come_to(m), m.criterion.targets(m.rule, lambda _, final: final)) for m in masks]
+    return bool(ends) and all(found == (end.density, end.threshold) for found, end in ends)
+
+
+def undone(
+    before: Sequence[tuple[float | None, float] | None], masks: Sequence[Mask]
+) -> str | None:
+    """What to say where a new schedule has taken masks back; None where it has not.
+
+    Args:
+        before: what `come_to` found before the schedule began.
+        masks: the same masks now.
+    """
+    for found, mask in zip(before, masks, strict=True):
+        if found is None:
+            continue
+        density, threshold = found
+        if density is not None and mask.density is not None:
+            less, words = mask.density > density + BACK, f"density {density:.4g}"
+        else:
+            less, words = mask.threshold < threshold - BACK, f"threshold {threshold:.4g}"
+        if less:
+            return (
+                f"the mask of {mask.site.name} came to {words} in an earlier run, and this "
+                "scheduler would start its schedule anew, and bring back what was pruned. To "
+                "resume that run call scheduler.load_state_dict(state) before the first step; to "
+                "train on at that density build SparsityScheduler(model, total_steps, keep=True); "
+                "to start anew on purpose, keep=False."
+            )
+    return None
 
 
 def warn_of_density(masks: Sequence[Mask]) -> None:

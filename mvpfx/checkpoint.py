@@ -27,6 +27,7 @@ from mvpfx.manifest import (
 from mvpfx.model_state import read_state, save_state, without_wrappers
 from mvpfx.random_state import random_states, restore_random_states
 from mvpfx.saved_config import check_config, read_config, save_config
+from mvpfx.saved_labels import save_labels, take_labels
 from mvpfx.scheduler import SparsityScheduler
 from mvpfx.state import find_state
 
@@ -101,6 +102,7 @@ def save_checkpoint(
         tied = save_state(model, staged)
         _save_training(staged, {**parts, "extra": extra, "random": random_states()})
         save_config(model, staged)
+        save_labels(model, staged)
         schedule = None if scheduler is None else scheduler.state_dict()
         write_manifest(staged, Manifest("loop", step, schedule, tuple(parts), tied))
     return folder
@@ -154,11 +156,14 @@ def load_checkpoint(
     for name, part in parts.items():
         _check_fits(name, part.state_dict(), training[name], folder)
     if manifest.schedule is not None:
-        scheduler = scheduler or SparsityScheduler(model, manifest.schedule["total_steps"])
+        if scheduler is None:
+            plan = manifest.schedule
+            scheduler = SparsityScheduler(model, plan["total_steps"], keep=bool(plan.get("keep")))
         scheduler.load_state_dict(manifest.schedule)  # refuses what does not fit, changing nothing
     for name, part in parts.items():
         part.load_state_dict(training[name])
     model.load_state_dict(state)
+    take_labels(model, folder)
     if resuming:
         restore_random_states(training["random"])
     return Checkpoint(manifest.step, training.get("extra"))

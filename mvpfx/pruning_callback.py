@@ -21,6 +21,7 @@ from transformers.trainer_callback import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import TrainingArguments
 
+from mvpfx.careless import has_ended
 from mvpfx.manifest import Manifest, write_manifest
 from mvpfx.mask import Mask
 from mvpfx.penalty import penalty
@@ -38,8 +39,10 @@ class PruningCallback(TrainerCallback, ExportableState):
     penalty, `compute_loss` must add `mvpfx.penalty(model)`. `PruningTrainer` does all of it.
 
     The masks are where the schedule has them after `state.global_step` of `state.max_steps` steps,
-    so warm-up fractions relate to the steps that the Trainer takes. A checkpoint has the step in
-    `trainer_state.json`, the configuration in `pruning_config.json`, and a manifest of its files.
+    so warm-up fractions relate to the steps that the Trainer takes. Once a run has brought them to
+    the end of the schedule, they stay at that density in a further one. A checkpoint has the step
+    in `trainer_state.json`, the configuration in `pruning_config.json`, and a manifest of its
+    files.
 
     Attributes:
         scheduler: of the run; None before the first.
@@ -68,9 +71,13 @@ class PruningCallback(TrainerCallback, ExportableState):
         """Put the masks where the schedule starts, or where the checkpoint left them."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         check_groups(model, optimizer.param_groups)
-        scheduler = SparsityScheduler(model, state.max_steps)
-        if state.global_step:
-            scheduler.load_state_dict(_saved_schedule(self, state))
+        saved = _saved_schedule(self, state) if state.global_step else None
+        if saved is not None:
+            scheduler = SparsityScheduler(model, state.max_steps, keep=bool(saved.get("keep")))
+            scheduler.load_state_dict(saved)
+        else:
+            keep = True if has_ended(leading(masks_of(model))) else None
+            scheduler = SparsityScheduler(model, state.max_steps, keep=keep)
         self.scheduler = scheduler
         self.measured = None
 

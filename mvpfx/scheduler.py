@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer
 
 from mvpfx.accumulation import accumulate, check_accumulating, watch_gradients
 from mvpfx.adapters import warn_of_frozen_scores
-from mvpfx.careless import Loop
+from mvpfx.careless import Loop, come_to, undone
 from mvpfx.checks import as_count
 from mvpfx.cut import check_cuts, cut
 from mvpfx.distributed import is_sharded
@@ -33,6 +33,10 @@ class SparsityScheduler:
         model: a prepared model, or a module that holds one.
         total_steps: length of the run, in optimizer steps. With gradient accumulation these are
             fewer than batches.
+        keep: for a model that was pruned before. True leaves its masks at the density that they
+            have come to, and lets them move within it; False starts its schedule anew, dense again
+            where that starts so. Where it is None and no `load_state_dict` follows, the first
+            `step` raises an error if the schedule would bring back what was pruned.
 
     Attributes:
         total_steps: as given.
@@ -45,7 +49,7 @@ class SparsityScheduler:
             scores are to accumulate the gradients of a weight that has none of its own.
     """
 
-    def __init__(self, model: nn.Module, total_steps: int) -> None:
+    def __init__(self, model: nn.Module, total_steps: int, *, keep: bool | None = None) -> None:
         self.total_steps = as_count(total_steps, "total_steps")
         self.step_count = 0
         self._masks = masks_of(model)
@@ -68,14 +72,20 @@ class SparsityScheduler:
         self._observing = [
             m for m in self._leading if m.measures or m.criterion.observes != "nothing"
         ]
-        self._cutting = [m for m in self._leading if m.measures or m.criterion.cuts is not None]
+        self._keep = keep is True
+        kept = self._keep
+        self._cutting = [
+            m for m in self._leading if not kept and (m.measures or m.criterion.cuts is not None)
+        ]
         check_cuts(self._cutting, self.total_steps)
-        warn_of_short_run(self._leading, self.total_steps)
-        self._steerings = steerings(self._leading, self.total_steps)
+        warn_of_short_run([] if kept else self._leading, self.total_steps)
+        self._steerings = [] if kept else steerings(self._leading, self.total_steps)
         self._loop = Loop(self._leading)
         if self._observing or self._steerings or self._accumulating:
             watch_steps(self)
+        before = [come_to(mask) for mask in self._leading]
         self._move()
+        self._undone = None if keep is not None else undone(before, self._leading)
 
     @property
     def density(self) -> float | None:
@@ -96,8 +106,11 @@ class SparsityScheduler:
         """Count one optimizer step, and move every mask to where its schedule has it then.
 
         Raises:
-            ValueError: if all of `total_steps` are used up.
+            ValueError: if all of `total_steps` are used up, or the schedule would bring back what
+                an earlier run has pruned.
         """
+        if self._undone is not None:
+            raise ValueError(self._undone)
         if self.step_count >= self.total_steps:
             raise ValueError(
                 f"step {self.step_count + 1} is past the end: the run has "
@@ -108,8 +121,9 @@ class SparsityScheduler:
         for mask in self._leading:
             mask.criterion.advance(mask)
         cut(self._cutting, self._move)
-        self._freeze()
-        self._rewind()
+        if not self._keep:
+            self._freeze()
+            self._rewind()
         for steering in self._steerings:
             steering.move()
         self._loop.step()
@@ -126,6 +140,8 @@ class SparsityScheduler:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's own state dict; fit for JSON."""
         state: dict[str, Any] = {"step_count": self.step_count, "total_steps": self.total_steps}
+        if self._keep:
+            state["keep"] = True
         if self._steerings:
             state["steering"] = [steering.state_dict() for steering in self._steerings]
         return state
@@ -137,6 +153,11 @@ class SparsityScheduler:
             TypeError: if a value is no whole number.
             ValueError: if `state` is of something else, or of a run of another length.
         """
+        if "keep" in state and not self._keep:
+            raise ValueError(
+                "the saved run kept the density that its model had come to. Build "
+                "SparsityScheduler(model, total_steps, keep=True) to resume it."
+            )
         wanted = set(self.state_dict())
         if set(state) != wanted:
             found = ", ".join(sorted(state)) or "nothing"
@@ -153,7 +174,9 @@ class SparsityScheduler:
         step_count = as_count(state["step_count"], "step_count", least=0)
         if step_count > total_steps:
             raise ValueError(f"step_count {step_count} is past the end: total_steps={total_steps}.")
-        self.step_count = step_count
+        self.step_count, self._undone = step_count, None
+        if self._keep:
+            return
         self._move()
         for mask in self._leading:
             mask.frozen = self._is_frozen(mask)
@@ -179,7 +202,7 @@ class SparsityScheduler:
                 mask.rewind(action)
 
     def _move(self) -> None:
-        for mask in self._masks:
+        for mask in () if self._keep else self._masks:
             mask.set_step(self.step_count, self.total_steps)
 
 

@@ -10,7 +10,7 @@ hands calls to the module's runtime where it has one.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
 import torch
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from mvpfx.distributed import is_sharded
 from mvpfx.interception import Running, is_capturing, is_running
+from mvpfx.masked_saving import saving
 from mvpfx.recomputing import Recomputing
 from mvpfx.recurrent import FLAT, flat_weights_property
 
 MASK_SUFFIX = "_mask"
 _RUNTIME = "_mvpfx_region"
 _CLASS_KEY = "_mvpfx_class"
+_SAVE = "save_pretrained"
 
 
 class Runtime(Protocol):
@@ -68,6 +70,8 @@ def swap_class(module: nn.Module, masked: tuple[str, ...] = (), region: bool = F
             __doc__=base.__doc__,
             __reduce_ex__=_reduce,
         )
+        if callable(save := getattr(base, _SAVE, None)):
+            body[_SAVE] = saving(save, masked_tensors)
         if masked and issubclass(base, nn.RNNBase):
             body[FLAT] = flat_weights_property()
         body[_CLASS_KEY] = key
@@ -192,6 +196,62 @@ def find_mask(owner: nn.Module, name: str) -> nn.Module | None:
     """The mask of one parameter of `owner`: its own child, or one tied from elsewhere."""
     key = f"{name}{MASK_SUFFIX}"
     return owner._modules.get(key) or owner.__dict__.get(key)
+
+
+def masked_tensors(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of a prepared model as one of a plain model: masked weights, and nothing that
+    masks hold.
+
+    Raises:
+        ValueError: a weight is sharded over ranks, or is also read without its mask.
+    """
+    values, written, dropped = dict[int, Tensor](), set[str](), list[str]()
+    found = dict(state)
+    for path, module in model.named_modules(remove_duplicate=False):
+        for leaf in masked_names(module):
+            mask, weight = find_mask(module, leaf), module._parameters.get(leaf)
+            name = f"{path}.{leaf}" if path else leaf
+            if mask is None or weight is None:
+                raise ValueError(_lost(module, leaf))
+            dropped.append(f"{name}{MASK_SUFFIX}.")
+            if name not in state:
+                continue
+            if is_sharded(weight):
+                raise ValueError(
+                    f"{name} is sharded over ranks, and its mask is found for the whole weight. "
+                    "Save a checkpoint, load it into a model that is not sharded, and save that."
+                )
+            if id(weight) not in values:
+                values[id(weight)] = _masked(mask, weight, state[name])
+            found[name] = values[id(weight)]
+            written.add(name)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in values and name in state and name not in written:
+            raise ValueError(
+                f"{name} is read as it is, and under another name with a mask, so one saved tensor "
+                "cannot be both. Untie them before mvpfx.prepare, or convert the model and save "
+                "that with mvpfx.save."
+            )
+    prefixes = tuple(dropped)
+    return {name: value for name, value in found.items() if not name.startswith(prefixes)}
+
+
+def _masked(mask: nn.Module, weight: Tensor, given: Tensor) -> Tensor:
+    """What a matmul reads of `given`, the weight or one in its place, without what only training
+    draws; one that is masked already stays.
+    """
+    training = mask.training
+    mask.eval()
+    try:
+        with torch.no_grad():
+            value: Tensor = mask(weight.detach())
+            if torch.equal(given.to(weight.device), weight):
+                return value
+            if torch.equal(given.to(weight.device), value):
+                return given
+            return mask(given.detach().to(weight.device)).to(given.device)
+    finally:
+        mask.train(training)
 
 
 def original_class(module: nn.Module) -> Any:

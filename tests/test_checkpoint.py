@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 import mvpfx
 from mvpfx.checkpoint import Checkpoint
@@ -223,3 +224,24 @@ class Extra(nn.Module):
 
     def get_extra_state(self) -> dict[str, int]:
         return {"calls": 1}
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_labels_are_those_of_the_checkpoint(prepared: bool, tmp_path: Path) -> None:
+    def made(**labels: Any) -> Any:
+        small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = BertConfig(vocab_size=9, intermediate_size=16, **small, **labels)
+        return BertForSequenceClassification(config)
+
+    names = {0: "no", 1: "yes"}
+    model = made(id2label=names, label2id={"no": 0, "yes": 1})
+    if prepared:
+        mvpfx.prepare(model, density=0.5)
+    mvpfx.save_checkpoint(tmp_path / "c-1", model, step=1)
+    other = made(id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1})
+    mvpfx.load_checkpoint(tmp_path / "c-1", other)
+    assert other.config.id2label == names and other.config.label2id == {"no": 0, "yes": 1}
+    plain = made()
+    mvpfx.save_checkpoint(tmp_path / "c-2", plain, step=1)
+    mvpfx.load_checkpoint(tmp_path / "c-2", again := made(id2label=names))
+    assert again.config.id2label == plain.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
