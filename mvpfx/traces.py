@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 
+import torch
+
 from mvpfx.torch_private import (
     dispatch_modes,
     get_tracing_state,
@@ -17,8 +19,11 @@ from mvpfx.torch_private import (
 
 def is_traced() -> bool:
     """Whether somebody writes operations down: `torch.jit.trace`, the exporter of ONNX by way of
-    TorchScript, OpenVINO, `make_fx`.
+    TorchScript, OpenVINO, `make_fx`. Not `torch.compile` and `torch.export`, which know the
+    operators of this package, and whose graphs would break at the questions below.
     """
+    if torch.compiler.is_compiling():
+        return False
     return is_jit_tracing() or (dispatch_modes() > 0 and has_proxy_mode())
 
 
