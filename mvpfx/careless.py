@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 STEPS_TO_WAIT = 3
 """Optimizer steps in which scores may stay as they are: a loss scaler may skip the first ones."""
+SAMPLE = 1024
+"""How many scores of one mask are looked at."""
 STEPS_WITHOUT_PENALTY = 10
 Place = tuple[float | None, float]
 BACK = 0.01
@@ -42,7 +44,7 @@ class Loop:
         self._steps = 0
         self._said: set[str] = set()
         if self._mask is not None:
-            self._scores = self._mask.require_scores().detach().clone()
+            self._scores = _sample(self._mask.require_scores()).clone()
             self._weight_version = self._mask.weight._version
 
     def step(self) -> None:
@@ -56,7 +58,7 @@ class Loop:
     def _look_at_scores(self) -> None:
         mask, then = self._mask, self._scores
         assert mask is not None and then is not None
-        now = mask.require_scores().detach()
+        now = _sample(mask.require_scores())
         same = now.shape == then.shape and torch.equal(now.to(then.device), then)
         if same and mask.weight._version == self._weight_version:
             return  # nothing is trained at all, or weights are frozen
@@ -81,6 +83,12 @@ class Loop:
                 "(loss + mvpfx.penalty(model)).backward().",
                 stacklevel=4,
             )
+
+
+def _sample(scores: Tensor) -> Tensor:
+    """Some of the scores, evenly spread: a copy of all of them would take memory while training."""
+    flat = scores.detach().flatten()
+    return flat[:: max(1, len(flat) // SAMPLE)]
 
 
 def come_to(mask: Mask) -> Place | None:
