@@ -23,7 +23,7 @@ GRANULARITIES: list[Any] = ["element", (4, 8)]
 BLOCKS: dict[str, Any] = {
     "functional_mlp": ((4, 8), {}),
     "tied": ((1, 8), {}),
-    "conv_net": ((4, 9), {"7": None}),
+    "conv_net": ((4, 4), {"0": None, "7": None}),
 }
 """Blocks that tile models with odd shapes, and the sites they leave out."""
 
